@@ -1,0 +1,128 @@
+"""Checks on inputs that every metric family shares, one message for one fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repscope.errors import (
+    LabelError,
+    LabelMismatch,
+    MetricError,
+    NonFiniteError,
+    NotEnoughSamples,
+)
+
+
+def as_float(value: Any, *, name: str) -> Tensor:
+    """Return ``value`` as a detached floating tensor on the device it lives on.
+
+    float32 and float64 keep their dtype; integers, booleans, float16 and bfloat16
+    become float64, because a Gram matrix in those types wraps or overflows.
+
+    Args:
+        value: Anything ``torch.as_tensor`` takes.
+        name: Argument name for the message.
+
+    Returns:
+        A tensor of dtype float32 or float64 that shares no graph with the input.
+
+    Raises:
+        MetricError: If ``value`` is complex, sparse or quantised.
+    """
+    tensor = torch.as_tensor(value).detach()
+    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
+        raise MetricError(
+            f"{name} must be a dense real tensor, got {tensor.dtype} with layout "
+            f"{tensor.layout}; convert it first"
+        )
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.to(torch.float64)
+
+
+def check_finite(X: Tensor, *, name: str) -> None:
+    """Refuse NaN and infinity, naming the first place.
+
+    Args:
+        X: Any real tensor.
+        name: Argument name for the message.
+
+    Raises:
+        NonFiniteError: If an entry is NaN or infinite.
+    """
+    # A finite sum proves finite entries (infinities of both signs give NaN), and
+    # costs one pass; only a non-finite sum needs the full scan, because large
+    # finite entries may overflow it.
+    if bool(torch.isfinite(X.sum(dtype=torch.float64))):
+        return
+    bad = ~torch.isfinite(X)
+    count = int(bad.sum())
+    if count:
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteError(
+            f"{name} has {count} non-finite of {X.numel()} entries, the first at "
+            f"{first}; drop those rows or look for divergence at that step"
+        )
+
+
+def as_features(value: Any, *, name: str = "X", minimum: int = 2) -> Tensor:
+    """Return features ``(..., n_samples, n_features)``, checked.
+
+    Args:
+        value: Anything ``torch.as_tensor`` takes.
+        name: Argument name for the message.
+        minimum: Fewest samples that make sense.
+
+    Returns:
+        A finite float32 or float64 tensor with at least 2 dimensions.
+
+    Raises:
+        MetricError: If there are fewer than 2 dimensions or no features.
+        NotEnoughSamples: If there are fewer than ``minimum`` samples.
+        NonFiniteError: If an entry is NaN or infinite.
+    """  # noqa: DOC502 - NonFiniteError comes from check_finite
+    X = as_float(value, name=name)
+    if X.ndim < 2:
+        raise MetricError(
+            f"{name} must have shape (..., n_samples, n_features), got {tuple(X.shape)}"
+        )
+    if X.shape[-1] == 0 or 0 in X.shape[:-2]:
+        raise MetricError(f"{name} is empty: shape {tuple(X.shape)}")
+    if X.shape[-2] < minimum:
+        raise NotEnoughSamples(
+            f"{name} needs at least {minimum} samples, got {X.shape[-2]} "
+            f"(shape {tuple(X.shape)})"
+        )
+    check_finite(X, name=name)
+    return X
+
+
+def as_labels(value: Any, *, n_samples: int, device: torch.device) -> Tensor:
+    """Return integer labels ``(n_samples,)`` on ``device``, checked.
+
+    Args:
+        value: Anything ``torch.as_tensor`` takes.
+        n_samples: Rows of the features the labels belong to.
+        device: Where those features live.
+
+    Returns:
+        An int64 tensor.
+
+    Raises:
+        LabelError: If the labels are not integers.
+        LabelMismatch: If they are not one-dimensional or differ in number.
+    """
+    y = torch.as_tensor(value).detach()
+    if y.is_floating_point() or y.is_complex():
+        raise LabelError(
+            f"labels must be integers, got {y.dtype}; round and cast them first"
+        )
+    if y.ndim != 1 or y.shape[0] != n_samples:
+        raise LabelMismatch(
+            f"labels must have shape ({n_samples},) to match the features, got "
+            f"{tuple(y.shape)}"
+        )
+    return y.to(device=device, dtype=torch.int64)

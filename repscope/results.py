@@ -1,0 +1,232 @@
+"""Frozen results: numbers and what they mean, nothing else.
+
+Metrics return them, plots take them, reports print them. ``to_frame()`` gives the
+same numbers as a tidy table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def _frame(columns: dict[str, object]) -> pd.DataFrame:
+    import pandas as pd
+
+    plain = {
+        name: value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        for name, value in columns.items()
+    }
+    return pd.DataFrame(plain)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The eigenvalues of a covariance, a second moment or a weight matrix.
+
+    Attributes:
+        eigenvalues: Descending, non-negative, shape ``(..., n_features)``; beyond
+            ``min(n_samples, n_features)`` they are exact zeros.
+        kind: ``"covariance"`` (centred), ``"second_moment"`` (uncentred) or
+            ``"weight"`` (squared singular values).
+        n_samples: Rows that went in (for a weight: its rows).
+        n_features: Columns.
+        ddof: Delta degrees of freedom of the normalisation; ``None`` for weights.
+        effective_rank: Exponential of the entropy of the eigenvalue shares,
+            shape ``(...)``.
+        degenerate: Why the spectrum carries no information (``"constant"``), or
+            ``None``.
+    """
+
+    eigenvalues: Tensor
+    kind: Literal["covariance", "second_moment", "weight"]
+    n_samples: int
+    n_features: int
+    ddof: int | None
+    effective_rank: Tensor
+    degenerate: str | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per eigenvalue: ``batch, index, eigenvalue, share``."""
+        flat = self.eigenvalues.detach().reshape(-1, self.eigenvalues.shape[-1])
+        batch, k = flat.shape
+        total = flat.sum(-1, keepdim=True)
+        index = [i for _ in range(batch) for i in range(1, k + 1)]
+        return _frame(
+            {
+                "batch": [b for b in range(batch) for _ in range(k)],
+                "index": index,
+                "eigenvalue": flat.reshape(-1),
+                "share": (flat / total).reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClassCosine:
+    """Cosine similarity between classes.
+
+    Attributes:
+        matrix: Shape ``(n_classes, n_classes)``; NaN where a class is excluded.
+        classes: The labels, ascending, shape ``(n_classes,)``.
+        norms: Norm of each class mean, shape ``(n_classes,)``.
+        mean_share: ``m^2 / (m^2 + s^2)``: the share of the common mean in the class
+            means, 0-dim.
+        n_excluded: Zero vectors (classes, or samples for pairs) left out, because
+            their direction is undefined.
+    """
+
+    matrix: Tensor
+    classes: Tensor
+    norms: Tensor
+    mean_share: Tensor
+    n_excluded: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per ordered pair: ``class_a, class_b, cosine``."""
+        labels = self.classes.tolist()
+        return _frame(
+            {
+                "class_a": [a for a in labels for _ in labels],
+                "class_b": [b for _ in labels for b in labels],
+                "cosine": self.matrix.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Counts of weight magnitudes between fixed edges.
+
+    Attributes:
+        counts: Shape ``(bins,)``, integers.
+        edges: Shape ``(bins + 1,)``, magnitudes (not their logarithms).
+        n_zero: Entries that are exactly zero.
+        underflow: Non-zero entries below the first edge.
+        overflow: Entries above the last edge.
+    """
+
+    counts: Tensor
+    edges: Tensor
+    n_zero: int
+    underflow: int
+    overflow: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per bin: ``low, high, count``."""
+        return _frame(
+            {"low": self.edges[:-1], "high": self.edges[1:], "count": self.counts}
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SparsityCurve:
+    """Score of a model against the share of its weights set to zero.
+
+    Attributes:
+        sparsity: Share actually reached, ascending, shape ``(n_levels,)``.
+        threshold: Largest magnitude set to zero at that level (NaN where the cut
+            differs between layers).
+        score: What ``evaluate`` returned, shape ``(n_levels,)``.
+        dense_score: What it returned for the untouched model.
+    """
+
+    sparsity: Tensor
+    threshold: Tensor
+    score: Tensor
+    dense_score: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per level: ``sparsity, threshold, score``."""
+        return _frame(
+            {
+                "sparsity": self.sparsity,
+                "threshold": self.threshold,
+                "score": self.score,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """A straight line through a log-log spectrum: a description, not evidence.
+
+    Attributes:
+        exponent: ``s`` in ``lambda_i ~ i^-s``.
+        first: First index of the fit, counted from 1.
+        last: Last index of the fit.
+        r2: Share of variance explained in log-log coordinates.
+        stderr: Standard error of the exponent.
+        note: Why the numbers are NaN, or ``""``.
+    """
+
+    exponent: float
+    first: int
+    last: int
+    r2: float
+    stderr: float
+    note: str = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        return _frame({name: [value] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval.
+
+    Attributes:
+        estimate: The mean, or the mean paired difference.
+        low: Lower end.
+        high: Upper end.
+        n: Seeds behind it.
+        method: How the interval was made, for example ``"paired t, 95 %"``.
+        p_value: Exact sign-flip p of a paired difference, else ``None``.
+        p_min: The smallest p that ``n`` seeds can give, else ``None``.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    method: str
+    p_value: float | None = None
+    p_min: float | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        return _frame({name: [value] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """A curve over seeds: mean and interval at each point.
+
+    Attributes:
+        x: Positions, shape ``(n_points,)``: steps, indices, tasks or sparsities.
+        estimate: Mean over seeds, shape ``(n_points,)``.
+        low: Lower end of the interval, NaN where there are fewer than 2 seeds.
+        high: Upper end.
+        n: Seeds at each point, shape ``(n_points,)``.
+    """
+
+    x: Tensor
+    estimate: Tensor
+    low: Tensor
+    high: Tensor
+    n: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per point: ``x, estimate, low, high, n``."""
+        return _frame(
+            {
+                name: getattr(self, name)
+                for name in ("x", "estimate", "low", "high", "n")
+            }
+        )
