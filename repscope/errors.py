@@ -45,6 +45,10 @@ class RepScopeError(Exception):
     __str__ = Exception.__str__
 
 
+class RepScopeWarning(UserWarning):
+    """Something went on, but not as asked; the message says what."""
+
+
 # -- the store ---------------------------------------------------------------
 class StoreError(RepScopeError, OSError):
     """Something about a store on disk."""

@@ -1,1 +1,29 @@
+"""Copy hidden state out of a model: which layers, when, on what inputs."""
 
+from repscope.capture.hooks import Taps
+from repscope.capture.probe import Probe
+from repscope.capture.rows import to_rows
+from repscope.capture.schedules import (
+    Schedule,
+    as_schedule,
+    at_steps,
+    every,
+    log_spaced,
+)
+from repscope.capture.selection import Selected, layers, select
+from repscope.capture.targets import TARGETS
+
+__all__ = [
+    "TARGETS",
+    "Probe",
+    "Schedule",
+    "Selected",
+    "Taps",
+    "as_schedule",
+    "at_steps",
+    "every",
+    "layers",
+    "log_spaced",
+    "select",
+    "to_rows",
+]

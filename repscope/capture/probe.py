@@ -1,0 +1,186 @@
+"""A fixed batch, run through the model without leaving a trace in it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repscope._checks import as_labels
+from repscope.errors import UsageError
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class Probe:
+    """A fixed batch on which a model is looked at again and again.
+
+    Args:
+        inputs: A tensor ``(n_samples, ...)``, a tuple of positional arguments or a
+            mapping of keyword arguments; their tensors share the first dimension.
+        labels: Integer labels ``(n_samples,)``.
+        batch_size: Rows per forward; ``None`` runs all at once.
+        forward: ``(model, inputs) -> anything``, when ``model(inputs)`` is not the
+            call; receives a chunk of ``inputs`` of the same kind.
+
+    Raises:
+        UsageError: If there is no tensor in ``inputs``, their lengths differ, or
+            ``batch_size`` is not positive.
+
+    Example:
+        >>> probe = Probe(torch.ones(6, 4), labels=[0, 0, 1, 1, 2, 2], batch_size=4)
+        >>> probe.n_samples
+        6
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        labels: Any = None,
+        batch_size: int | None = None,
+        forward: Callable[[nn.Module, Any], object] | None = None,
+    ) -> None:
+        lengths = {len(tensor) for tensor in _tensors(inputs)}
+        if len(lengths) != 1:
+            raise UsageError(
+                "a probe needs inputs whose tensors share their first dimension, got "
+                f"lengths {sorted(lengths)}"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be positive, got {batch_size}")
+        self.inputs = inputs
+        self.n_samples = lengths.pop()
+        self.labels = (
+            None
+            if labels is None
+            else as_labels(labels, n_samples=self.n_samples, device=torch.device("cpu"))
+        )
+        self.batch_size = batch_size or max(self.n_samples, 1)
+        self.forward = forward or _call
+
+    def run(self, model: nn.Module) -> None:
+        """Run the batch in eval mode without gradients, and restore everything.
+
+        Training flags, buffers and the random state of every device are afterwards
+        what they were, also when the forward raises.
+
+        Args:
+            model: The model; its hooks see the forward.
+        """
+        with untouched(model), torch.no_grad():
+            model.eval()
+            for start in range(0, self.n_samples, self.batch_size):
+                chunk = _slice(self.inputs, start, start + self.batch_size)
+                self.forward(model, chunk)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of inputs and labels: stores with equal hashes are comparable."""
+        digest = hashlib.sha256()
+        extra = [] if self.labels is None else [self.labels]
+        for tensor in [*_tensors(self.inputs), *extra]:
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def as_probe(value: Probe | tuple[Any, Any] | Tensor | None) -> Probe | None:
+    """Return ``value`` as a probe: ``(x, y)`` and a bare tensor are understood.
+
+    Args:
+        value: What the user gave as ``probe=``.
+
+    Returns:
+        A probe, or ``None``.
+
+    Raises:
+        UsageError: If ``value`` is of another kind.
+    """
+    if value is None or isinstance(value, Probe):
+        return value
+    if isinstance(value, Tensor):
+        return Probe(value)
+    if isinstance(value, tuple) and len(value) == 2:
+        return Probe(value[0], labels=value[1])
+    raise UsageError(
+        "probe= takes (inputs, labels), a tensor or rs.Probe(...), got "
+        f"{type(value).__name__}"
+    )
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore training flags, buffers and random state of ``model`` afterwards.
+
+    Args:
+        model: The model that is run inside the block.
+
+    Yields:
+        Nothing.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    # Some models draw from Python's or numpy's global generator in their forward.
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002 - the global one is the point
+            for module, training in flags:
+                # The attribute, not train(): a user's train() may do other work.
+                module.training = training
+            with torch.no_grad():
+                for module, name, buffer, saved in buffers:
+                    module._buffers[name] = buffer
+                    # Writing equal bytes would still bump the version counter.
+                    if not _same_bits(buffer, saved):
+                        buffer.copy_(saved)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point():
+        return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
+            a.isnan(), b.isnan()
+        )
+    return torch.equal(a, b)
+
+
+def _call(model: nn.Module, inputs: Any) -> object:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _slice(inputs: Inputs, start: int, stop: int) -> Inputs:
+    def cut(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Tensor):
+        return inputs[start:stop]
+    if isinstance(inputs, Mapping):
+        return {key: cut(value) for key, value in inputs.items()}
+    return tuple(cut(value) for value in inputs)

@@ -1,0 +1,109 @@
+"""When to capture: functions from a step number to yes or no. Step 0 is always due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from repscope.errors import UsageError
+
+Schedule = Callable[[int], bool]
+
+
+def every(k: int) -> Schedule:
+    """Return the schedule 0, k, 2k, ...
+
+    Args:
+        k: Optimizer updates between captures.
+
+    Returns:
+        A function of the step number.
+
+    Raises:
+        UsageError: If ``k`` is not a positive integer.
+
+    Example:
+        >>> [step for step in range(7) if every(3)(step)]
+        [0, 3, 6]
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise UsageError(f"every(k) needs a positive number of steps, got {k!r}")
+    return lambda step: step % k == 0
+
+
+def log_spaced(n: int) -> Schedule:
+    r"""Return a schedule with ``n`` captures a decade, and step 0.
+
+    Due steps are :math:`\lfloor 10^{i/n} \rceil` for :math:`i = 0, 1, 2, \ldots`
+
+    Args:
+        n: Captures per factor of 10 in the step number.
+
+    Returns:
+        A function of the step number.
+
+    Raises:
+        UsageError: If ``n`` is not a positive integer.
+
+    Example:
+        >>> [step for step in range(101) if log_spaced(2)(step)]
+        [0, 1, 3, 10, 32, 100]
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise UsageError(f"log_spaced(n) needs a positive count, got {n!r}")
+
+    def due(step: int) -> bool:
+        if step < 1:
+            return step == 0
+        nearest = round(n * math.log10(step))
+        return any(
+            round(10 ** (i / n)) == step for i in range(nearest - 1, nearest + 2)
+        )
+
+    return due
+
+
+def at_steps(steps: Iterable[int]) -> Schedule:
+    """Return the schedule of exactly these steps, and step 0.
+
+    Args:
+        steps: Step numbers (optimizer updates done).
+
+    Returns:
+        A function of the step number.
+
+    Raises:
+        UsageError: If a step is negative or not an integer.
+
+    Example:
+        >>> [step for step in range(9) if at_steps([2, 5])(step)]
+        [0, 2, 5]
+    """
+    wanted = list(steps)
+    for step in wanted:
+        if not isinstance(step, int) or step < 0:
+            raise UsageError(f"at_steps needs step numbers >= 0, got {step!r}")
+    chosen = frozenset([0, *wanted])
+    return lambda step: step in chosen
+
+
+def as_schedule(value: int | Schedule) -> Schedule:
+    """Return ``value`` as a schedule: an int ``k`` means every ``k``-th step.
+
+    Args:
+        value: An int, or a function from a step number to a truth value.
+
+    Returns:
+        A function of the step number.
+
+    Raises:
+        UsageError: If ``value`` is neither.
+    """
+    if isinstance(value, int):
+        return every(value)
+    if not callable(value):
+        raise UsageError(
+            f"every= takes a number of steps, rs.every(k), rs.log_spaced(n), "
+            f"rs.at_steps([...]) or a function of the step, got {value!r}"
+        )
+    return value

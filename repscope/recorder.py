@@ -1,0 +1,345 @@
+"""The recorder: a schedule, hooks and a store, attached to a training run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import warnings
+import weakref
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from repscope import __version__, store
+from repscope._checks import as_labels
+from repscope.capture import TARGETS, Probe, Schedule, Taps, as_schedule, select
+from repscope.capture.probe import as_probe
+from repscope.capture.selection import LayerSpec
+from repscope.capture.targets import check_targets
+from repscope.errors import ClosedStore, RepScopeWarning, UsageError
+from repscope.optim import describe
+from repscope.snapshot import Snapshot, StreamKey
+
+_VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "h5py")
+
+
+class Recorder:
+    """Record what a model looks like while it trains, without changing the run.
+
+    Hooks attach in the constructor, so build the recorder after ``model.to(device)``
+    and after loading weights. Step ``k`` means ``k`` optimizer updates done.
+
+    * With ``probe=``, the fixed batch is run (eval mode, no gradients, everything
+      restored) at construction for step 0 and inside `step()` number ``k`` for ``k``.
+    * Without it, the training batches are recorded: the forward that runs at step
+      ``k``, with the labels and the loss given to the `step()` that follows it.
+      Forwards in eval mode or without gradients are passed over. Several
+      micro-batches of one step become more rows.
+    * ``weights`` are those after ``k`` updates. A live run of ``n`` updates therefore
+      ends with outputs at ``n - 1`` and weights at ``n``.
+
+    Args:
+        model: Any module; it is only weakly referenced.
+        path: Where the store goes; it must not exist.
+        layers: A glob over leaf modules, an exact name (containers too), a module
+            type, a predicate ``(name, module) -> bool``, or a list of these.
+        capture: Targets: ``"outputs"`` of the selected layers, ``"weights"`` (every
+            parameter of the model).
+        every: Steps between captures, or a schedule: `rs.every`, `rs.log_spaced`,
+            `rs.at_steps`, or a function of the step. Step 0 is always captured.
+        probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
+        optimizer: Its class and hyper-parameters are written into the store.
+        meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
+        on_error: ``"warn"`` never breaks a training run: the first error stops the
+            recording, is warned about once, kept in `error`, and raised by
+            `commit()` and `close()`. ``"raise"`` raises it at `step()`.
+
+    Attributes:
+        error: The first error met while recording, or ``None``.
+        step_number: Optimizer updates counted so far.
+        path: Where the store is.
+
+    Raises:
+        UnknownLayer: If a name or pattern matches nothing.
+        LayerNeverFired: If a layer named exactly does not run on the probe.
+        AlreadyAttached: If the model has a recorder.
+        StoreExists: If something is at ``path``; it is left untouched.
+        UsageError: If an argument cannot be understood.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(8, 4), torch.arange(8) % 3
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with Recorder(model, f"{folder.name}/run", every=2, probe=(x, y)) as rec:
+        ...     for _ in range(4):
+        ...         loss = model(x).square().mean()
+        ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...         rec.step(loss=loss)
+        >>> store.open(f"{folder.name}/run").steps
+        [0, 2, 4]
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        layers: LayerSpec = "*",
+        capture: str | tuple[str, ...] | list[str] = ("outputs",),
+        every: int | Schedule = 100,
+        probe: Probe | tuple[Any, Any] | Tensor | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        meta: Mapping[str, Any] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise UsageError(f"on_error is 'warn' or 'raise', got {on_error!r}")
+        self._targets = check_targets(capture)
+        self._due = as_schedule(every)
+        self._probe = as_probe(probe)
+        self._on_error = on_error
+        chosen = select(model, layers) if "outputs" in self._targets else []
+        facts = dict(meta or {})
+        facts["recorder"] = self._describe(chosen, optimizer)
+
+        self.error: Exception | None = None
+        self.step_number = 0
+        self._model = weakref.ref(model)
+        self._checked = not chosen
+        self._closed = False
+        self._taps = Taps(model, chosen)
+        try:
+            self._writer = store.create(path, meta=facts)
+        except BaseException:
+            self._taps.detach()
+            raise
+        self.path = self._writer.path
+        try:
+            self._writer.append(Snapshot(0, *self._look()))
+            self._follow()
+        except BaseException:
+            # Nothing half-written stays behind a constructor that failed.
+            self._taps.detach()
+            self._writer.discard()
+            raise
+
+    def _describe(
+        self, chosen: list[Any], optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        probe = self._probe
+        return {
+            "version": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in _VERSIONS},
+            "targets": list(self._targets),
+            "layers": {item.name: type(item.module).__name__ for item in chosen},
+            "optimizer": None if optimizer is None else describe(optimizer),
+            "inputs": "training batches" if probe is None else "probe",
+            "probe": None
+            if probe is None
+            else {"n_samples": probe.n_samples, "sha256": probe.sha256},
+        }
+
+    # -- what the user calls --------------------------------------------------
+    def step(
+        self,
+        *,
+        loss: Tensor | float | None = None,
+        labels: Any = None,
+        **scalars: Tensor | float,
+    ) -> None:
+        """Tell the recorder that one optimizer update is done.
+
+        Args:
+            loss: The loss of the forward before this update: it belongs to the step
+                before. A tensor stays on its device until the store is written.
+            labels: Integer labels of the training rows of that forward (live
+                recording; a probe brings its own).
+            **scalars: Numbers measured now, after this update.
+
+        Raises:
+            ClosedStore: If the recorder was closed.
+            Exception: With ``on_error="raise"``, whatever went wrong.
+        """  # noqa: DOC502 - re-raised as it was
+        if self._closed:
+            raise ClosedStore(f"step() after close() of the recorder at {self.path}")
+        before = self.step_number
+        self.step_number += 1
+        if self.error is not None:
+            return
+        try:
+            self._finish_forward(before, loss, labels)
+            due = self._due(self.step_number)
+            streams, y = self._look() if due else ({}, None)
+            if streams or scalars:
+                self._writer.append(Snapshot(self.step_number, streams, y, _detached(scalars)))
+            self._follow()
+        except Exception as error:  # noqa: BLE001 - the policy decides what happens
+            self._fail(error)
+
+    def capture_now(self, tag: str | None = None, **scalars: Tensor | float) -> None:
+        """Capture at once, whatever the schedule says, under an optional name.
+
+        With a probe this records its activations; without one, the weights only
+        (the next training forward follows the schedule).
+
+        Args:
+            tag: A name for this moment, such as ``"task-2"``.
+            **scalars: Numbers measured now.
+
+        Raises:
+            ClosedStore: If the recorder was closed.
+            Exception: With ``on_error="raise"``, whatever went wrong.
+        """  # noqa: DOC502 - re-raised as it was
+        if self._closed:
+            raise ClosedStore(
+                f"capture_now() after close() of the recorder at {self.path}"
+            )
+        if self.error is not None:
+            return
+        try:
+            streams, y = self._look()
+            tags = () if tag is None else (tag,)
+            self._writer.append(
+                Snapshot(self.step_number, streams, y, _detached(scalars), tags)
+            )
+        except Exception as error:  # noqa: BLE001 - the policy decides what happens
+            self._fail(error)
+
+    def commit(self) -> None:
+        """Make everything recorded so far durable.
+
+        Raises:
+            Exception: The first error met while recording, whatever ``on_error`` says.
+        """  # noqa: DOC502 - re-raised as it was
+        self._writer.commit()
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        """Detach every hook, make the record durable and end it; twice is once.
+
+        Raises:
+            Exception: The first error met while recording, whatever ``on_error`` says.
+        """  # noqa: DOC502 - re-raised as it was
+        if self._closed:
+            return
+        self._taps.detach()
+        self._writer.close()  # may raise on a full disk: then close() can be retried
+        self._closed = True
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as ours:  # noqa: BLE001 - the user's error must come through
+            error.add_note(f"The recorder at {self.path} also failed: {ours}")
+
+    # -- one step -------------------------------------------------------------
+    def _look(self) -> tuple[dict[StreamKey, Tensor], Tensor | None]:
+        """Return what the probe and the model's state show right now."""
+        model = self._model()
+        assert model is not None, "the recorded model was deleted"
+        streams: dict[StreamKey, Tensor] = {}
+        probe = self._probe
+        if probe is not None and "outputs" in self._targets:
+            with self._taps.collecting():
+                probe.run(model)
+            rows = self._taps.drain()
+            self._check_fired()
+            streams |= {("outputs", name): value for name, value in rows.items()}
+        for target in self._targets:
+            reader = TARGETS[target]
+            if reader is not None:
+                streams |= {(target, n): v for n, v in reader(model).items()}
+        return streams, None if probe is None else probe.labels
+
+    def _follow(self) -> None:
+        live = self._probe is None and "outputs" in self._targets
+        self._taps.follow_training(live and self._due(self.step_number))
+
+    def _finish_forward(
+        self, step: int, loss: Tensor | float | None, labels: Any
+    ) -> None:
+        """Record what the training forward at ``step`` left in the hooks."""
+        rows: dict[str, Tensor] = {}
+        y: Tensor | None = None
+        if self._probe is None:
+            watched = self._taps.on
+            rows = self._taps.drain()
+            if watched:
+                self._check_fired()
+            if rows and labels is not None:
+                n_samples = self._n_examples(rows, len(labels))
+                y = as_labels(labels, n_samples=n_samples, device=torch.device("cpu"))
+        scalars = {} if loss is None else _detached({"loss": loss})
+        if rows or scalars:
+            streams = {("outputs", name): value for name, value in rows.items()}
+            self._writer.append(Snapshot(step, streams, y, scalars))
+
+    @staticmethod
+    def _n_examples(rows: dict[str, Tensor], n_labels: int) -> int:
+        """Return how many examples the rows stand for.
+
+        Tokens give several rows an example, so a multiple of the labels is fine.
+        """
+        counts = {len(value) for value in rows.values()}
+        whole = [count for count in counts if n_labels and count % n_labels == 0]
+        return n_labels if whole else min(counts)
+
+    def _check_fired(self) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        silent = self._taps.check_fired()
+        if silent:
+            self._writer.annotate(never_fired=silent)
+            warnings.warn(
+                f"{len(silent)} of the layers selected by a pattern never ran in the "
+                f"first captured step and are not recorded: {', '.join(silent[:5])}"
+                f"{', ...' if len(silent) > 5 else ''}",
+                RepScopeWarning,
+                stacklevel=4,
+            )
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._taps.detach()
+        if self._on_error == "raise":
+            raise error
+        warnings.warn(
+            f"recording into {self.path} stopped at step {self.step_number}: "
+            f"{type(error).__name__}: {error}. Training goes on; close() will raise "
+            f"this error",
+            RepScopeWarning,
+            stacklevel=3,
+        )
+
+
+def _detached(scalars: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    # A copy: the user's loop may reuse the tensor before the store reads it.
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else float(value)
+        for name, value in scalars.items()
+    }

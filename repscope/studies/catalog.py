@@ -1,0 +1,148 @@
+"""The studies: what they ask, how they train, with which settings.
+
+Learning rates were chosen on seed 100, which is never among the reported seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol as Callback
+
+from repscope.studies import tasks, training
+from repscope.studies.config import Protocol
+from repscope.studies.data import Data
+
+
+class MakeTasks(Callback):
+    """Turns a data set and a seed into tasks."""
+
+    def __call__(self, data: Data, *, seed: int) -> list[tasks.Task]:
+        """Return the tasks in their order."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the training that answers it.
+
+    Attributes:
+        title: For headings.
+        question: One sentence.
+        tasks: Makes the tasks.
+        train: Trains a session and records it.
+        protocols: Data set -> settings.
+    """
+
+    title: str
+    question: str
+    tasks: MakeTasks
+    train: Callable[[training.Session], None]
+    protocols: Mapping[str, Protocol]
+
+
+_PERMUTED = {
+    "digits": Protocol(
+        sizes=(64, 50, 10),
+        batch_size=32,
+        epochs=20,
+        capture_every=100,
+        eval_every=20,
+        patience=10,
+        optimizers={
+            "sgd": {"lr": 0.3},
+            "adamw": {"lr": 1e-3},
+            "shampoo": {"lr": 0.1, "root_every": 1},
+        },
+    ),
+    "mnist": Protocol(
+        sizes=(784, 100, 10),
+        batch_size=128,
+        epochs=2,
+        capture_every=200,
+        eval_every=100,
+        patience=5,
+        optimizers={
+            "sgd": {"lr": 0.3},
+            "adamw": {"lr": 1e-3},
+            "shampoo": {"lr": 0.12, "root_every": 25},
+        },
+    ),
+}
+_PAIRS = {
+    "digits": Protocol(
+        sizes=(64, 50, 50, 10),
+        batch_size=16,
+        epochs=5,
+        capture_every=25,
+        optimizers={
+            "sgd": {"lr": 0.1},
+            "adam": {"lr": 1e-3},
+            "shampoo": {"lr": 0.02, "root_every": 1},
+        },
+    ),
+    "mnist": Protocol(
+        sizes=(784, 100, 100, 10),
+        batch_size=128,
+        epochs=1,
+        capture_every=50,
+        optimizers={
+            "sgd": {"lr": 0.1},
+            "adam": {"lr": 3e-4},
+            "shampoo": {"lr": 0.015, "root_every": 25},
+        },
+    ),
+}
+_SPARSITY = {
+    "digits": Protocol(
+        sizes=(64, 100, 50, 10),
+        batch_size=32,
+        epochs=40,
+        capture_every=200,
+        optimizers={
+            "sgd": {"lr": 0.3},
+            "adamw": {"lr": 3e-3},
+            "shampoo": {"lr": 0.1, "root_every": 10},
+            "p-sgd": {"lr": 1.0, "beta": 1.0},
+            "p-adam": {"lr": 0.02, "beta": 1.0},
+        },
+    ),
+    "mnist": Protocol(
+        sizes=(784, 300, 100, 10),
+        batch_size=128,
+        epochs=5,
+        capture_every=500,
+        optimizers={
+            "sgd": {"lr": 0.5},
+            "adamw": {"lr": 1e-3},
+            "p-sgd": {"lr": 3.0, "beta": 1.0},
+            "p-adam": {"lr": 0.02, "beta": 1.0},
+        },
+    ),
+}
+
+STUDIES: Mapping[str, Study] = {
+    "permuted": Study(
+        "Permuted tasks",
+        "Three pixel permutations in sequence: who remembers the first, and in how "
+        "many directions do the hidden activations spread?",
+        tasks.permuted,
+        training.permuted,
+        _PERMUTED,
+    ),
+    "pairs": Study(
+        "Class pairs in sequence",
+        "Two classes at a time: what is left of the earlier pairs, and how alike are "
+        "the features of different classes?",
+        tasks.class_pairs,
+        training.pairs,
+        _PAIRS,
+    ),
+    "sparsity": Study(
+        "Sparsity after training",
+        "All classes at once, then the smallest weights set to zero: how much can go "
+        "before the accuracy does?",
+        tasks.whole,
+        training.sparsity,
+        _SPARSITY,
+    ),
+}

@@ -1,0 +1,58 @@
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from repscope.capture.rows import leaves, to_rows
+from repscope.errors import UnsupportedOutput
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    cache: object = None
+
+
+def paths(value):
+    return [path for path, _ in leaves(value, layer="layer")]
+
+
+def test_every_leaf_of_a_structure_has_a_path():
+    t = torch.ones(2, 3)
+    pair = namedtuple("pair", "a b")  # noqa: PYI024 - what third-party modules return
+    assert paths(t) == [""]
+    assert paths((t, None, t)) == ["[0]", "[2]"]
+    assert paths({"h": t, "t": (t, t)}) == ["h", "t[0]", "t[1]"]
+    assert paths(OrderedDict(x=t)) == ["x"]
+    assert paths(pair(t, t)) == ["[0]", "[1]"]
+    assert paths(Output(t)) == ["logits"]
+    assert paths({"ids": torch.arange(3), "h": t}) == ["h"]
+    assert paths(None) == []
+
+
+def test_an_unreadable_output_is_named():
+    with pytest.raises(UnsupportedOutput, match="'layer' returned a set"):
+        paths({"h"})
+    with pytest.raises(UnsupportedOutput, match=r"returned a str at \[1\]"):
+        paths((torch.ones(1), "text"))
+
+
+def test_rows_of_each_kind_of_layer():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(to_rows(x, nn.Conv2d(3, 3, 1)), x.mean((2, 3)))
+    series = torch.randn(2, 3, 7)
+    assert torch.equal(to_rows(series, nn.Conv1d(3, 3, 1)), series.mean(2))
+    tokens = to_rows(series, nn.LayerNorm(7))
+    assert torch.equal(tokens, series.reshape(6, 7))
+    assert to_rows(torch.ones(4), nn.ReLU()).shape == (4, 1)
+    assert to_rows(torch.tensor(1.0), nn.ReLU()).shape == (1, 1)
+
+
+def test_half_precision_maps_are_averaged_in_float32():
+    x = torch.full((1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
+    x[0, 0, 0, 0] = 1000.0
+    mean = to_rows(x, nn.Conv2d(1, 1, 1))
+    assert mean.dtype == torch.bfloat16
+    assert mean.item() == pytest.approx(1 + 999 / 4096, rel=1e-2)

@@ -1,0 +1,48 @@
+import pytest
+
+from repscope import at_steps, every, log_spaced
+from repscope.capture import as_schedule
+from repscope.errors import UsageError
+
+
+def due(schedule, n=1001):
+    return [step for step in range(n) if schedule(step)]
+
+
+def test_every_kth_step_and_step_zero():
+    assert due(every(250)) == [0, 250, 500, 750, 1000]
+    assert due(as_schedule(500)) == [0, 500, 1000]
+
+
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_log_spaced_has_n_captures_a_decade(n):
+    steps = due(log_spaced(n), 100_001)
+    assert steps[:2] == [0, 1]
+    assert steps[-1] == 100_000
+    late = [step for step in steps if 1_000 < step <= 100_000]
+    assert len(late) == 2 * n
+
+
+def test_at_steps_always_adds_step_zero():
+    assert due(at_steps([7, 3])) == [0, 3, 7]
+
+
+def test_a_function_of_the_step_is_a_schedule():
+    assert due(as_schedule(lambda step: step in (0, 5))) == [0, 5]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: every(0),
+        lambda: every(True),
+        lambda: every(2.5),
+        lambda: log_spaced(0),
+        lambda: at_steps([-1]),
+        lambda: at_steps(["3"]),
+        lambda: as_schedule("often"),
+    ],
+)
+def test_nonsense_is_refused(make):
+    with pytest.raises(UsageError):
+        make()
