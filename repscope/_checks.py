@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,30 @@ from repscope.errors import (
     MetricError,
     NonFiniteError,
     NotEnoughSamples,
+    UsageError,
+    suggest,
 )
+
+
+def as_tensor(value: Any, *, plain: torch.dtype | None = torch.float64) -> Tensor:
+    """Return ``value`` as a detached tensor that shares memory where it can.
+
+    Args:
+        value: A tensor, anything numpy takes, or (nested lists of) Python numbers.
+        plain: Dtype of Python numbers; ``None`` keeps integers and makes floats
+            float32, which costs 93.1 eight of its digits.
+
+    Returns:
+        A tensor on the device ``value`` lives on.
+    """
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not hasattr(value, "__array__"):
+        return torch.as_tensor(value, dtype=plain).detach()
+    array = np.asarray(value)
+    # torch refuses reversed arrays and warns about read-only ones.
+    usable = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if usable else array.copy())
 
 
 def as_float(value: Any, *, name: str) -> Tensor:
@@ -32,7 +57,7 @@ def as_float(value: Any, *, name: str) -> Tensor:
     Raises:
         MetricError: If ``value`` is complex, sparse or quantised.
     """
-    tensor = torch.as_tensor(value).detach()
+    tensor = as_tensor(value)
     if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
         raise MetricError(
             f"{name} must be a dense real tensor, got {tensor.dtype} with layout "
@@ -115,7 +140,7 @@ def as_labels(value: Any, *, n_samples: int, device: torch.device) -> Tensor:
         LabelError: If the labels are not integers.
         LabelMismatch: If they are not one-dimensional or differ in number.
     """
-    y = torch.as_tensor(value).detach()
+    y = as_tensor(value, plain=None)
     if y.is_floating_point() or y.is_complex():
         raise LabelError(
             f"labels must be integers, got {y.dtype}; round and cast them first"
@@ -126,3 +151,21 @@ def as_labels(value: Any, *, n_samples: int, device: torch.device) -> Tensor:
             f"{tuple(y.shape)}"
         )
     return y.to(device=device, dtype=torch.int64)
+
+
+def check_choice(value: str, choices: Iterable[str], *, name: str) -> None:
+    """Refuse an option that is none of ``choices``.
+
+    Args:
+        value: What the user wrote.
+        choices: What would have been understood.
+        name: Argument name for the message.
+
+    Raises:
+        UsageError: If ``value`` is not among them.
+    """
+    known = list(choices)
+    if value not in known:
+        raise UsageError(
+            f"{name}={value!r} is not one of {known}{suggest(str(value), known, n=1)}"
+        )

@@ -181,7 +181,9 @@ class Recorder:
             due = self._due(self.step_number)
             streams, y = self._look() if due else ({}, None)
             if streams or scalars:
-                self._writer.append(Snapshot(self.step_number, streams, y, _detached(scalars)))
+                self._writer.append(
+                    Snapshot(self.step_number, streams, y, _detached(scalars))
+                )
             self._follow()
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
             self._fail(error)
@@ -252,6 +254,8 @@ class Recorder:
             self.close()
             return
         try:
+            if not self._closed:
+                self._writer.annotate(interrupted=type(error).__name__)
             self.close()
         except Exception as ours:  # noqa: BLE001 - the user's error must come through
             error.add_note(f"The recorder at {self.path} also failed: {ours}")

@@ -81,7 +81,10 @@ def test_imports_only_go_down(path: Path) -> None:
         target = name.split(".")[1]
         if target not in FLOORS or target == room:
             continue  # `from repscope import __version__`, or the same room
-        assert FLOORS[target] < FLOORS[room], f"{here} imports {name}"
+        # The ground floor is one room of small values that may name each other.
+        assert FLOORS[target] < FLOORS[room] or FLOORS[room] == 0, (
+            f"{here} imports {name}"
+        )
         assert target not in FORBIDDEN.get(room, ()), f"{here} imports {name}"
 
 

@@ -22,6 +22,10 @@ def _inert(*_: object) -> None:
     """Stand in for a hook on a copied or unpickled model: it records nothing."""
 
 
+def _stand_in() -> object:
+    return _inert
+
+
 class _Hook:
     """A forward hook on one layer: returns at once unless capture is on."""
 
@@ -38,8 +42,8 @@ class _Hook:
     def __deepcopy__(self, memo: object) -> object:
         return _inert
 
-    def __reduce__(self) -> str:
-        return "_inert"
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return _stand_in, ()
 
 
 class Taps:

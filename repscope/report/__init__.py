@@ -1,1 +1,1 @@
-
+"""Tables and figures put together: one self-contained HTML page."""

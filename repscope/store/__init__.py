@@ -1,1 +1,10 @@
+"""Stores: one directory per run that loses no acknowledged row.
 
+A store is written once, by one `Writer`, as immutable HDF5 segments and an append-only
+manifest, and read as a `Run`, also while it is being written.
+"""
+
+from repscope.store.reader import Run, open
+from repscope.store.writer import Writer, create
+
+__all__ = ["Run", "Writer", "create", "open"]

@@ -45,7 +45,7 @@ _PERMUTED = {
         sizes=(64, 50, 10),
         batch_size=32,
         epochs=20,
-        capture_every=100,
+        capture_every=200,
         eval_every=20,
         patience=10,
         optimizers={
@@ -73,7 +73,7 @@ _PAIRS = {
         sizes=(64, 50, 50, 10),
         batch_size=16,
         epochs=5,
-        capture_every=25,
+        capture_every=50,
         optimizers={
             "sgd": {"lr": 0.1},
             "adam": {"lr": 1e-3},
@@ -101,7 +101,7 @@ _SPARSITY = {
         optimizers={
             "sgd": {"lr": 0.3},
             "adamw": {"lr": 3e-3},
-            "shampoo": {"lr": 0.1, "root_every": 10},
+            "shampoo": {"lr": 0.3, "root_every": 10},
             "p-sgd": {"lr": 1.0, "beta": 1.0},
             "p-adam": {"lr": 0.02, "beta": 1.0},
         },

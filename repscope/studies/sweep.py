@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from repscope import parallel, store
 from repscope.errors import NotAStore, UnknownName, UsageError, suggest
 from repscope.studies.catalog import STUDIES
 from repscope.studies.config import RunConfig
-from repscope.studies.data import load
+from repscope.studies.data import Data, load
 from repscope.studies.training import Diverged, Session
 
 
@@ -91,18 +91,19 @@ def plan(
 def is_finished(path: Path) -> bool:
     """Return whether ``path`` is a store whose run came to its end."""
     try:
-        return store.open(path).closed
+        run = store.open(path)
     except NotAStore:
         return False
+    return run.closed and "interrupted" not in run.meta
 
 
-def run_one(config: RunConfig, *, out: Path, data_dir: Path | None) -> Finished:
+def run_one(config: RunConfig, *, out: Path, data: Mapping[str, Data]) -> Finished:
     """Do one run unless its store is already complete.
 
     Args:
         config: What to run.
         out: Folder of the stores.
-        data_dir: Where IDX files are.
+        data: The data sets by name.
 
     Returns:
         Where the store is, and whether it was there before.
@@ -112,9 +113,7 @@ def run_one(config: RunConfig, *, out: Path, data_dir: Path | None) -> Finished:
         return Finished(config, path, reused=True)
     if path.exists():
         shutil.rmtree(path)  # ours, by its key, and interrupted
-    tasks = STUDIES[config.study].tasks(
-        load(config.data, data_dir=data_dir), seed=config.seed
-    )
+    tasks = STUDIES[config.study].tasks(data[config.data], seed=config.seed)
     session = Session(config, tasks, path)
     with session.recorder as recorder:
         try:
@@ -143,9 +142,10 @@ def sweep(
         One `Finished` per configuration.
     """
     out = Path(out)
-    work = partial(
-        run_one, out=out, data_dir=None if data_dir is None else Path(data_dir)
-    )
+    # Read once, here: a worker need not import what reads it.
+    names = {config.data for config in configs}
+    data = {name: load(name, data_dir=data_dir) for name in names}
+    work = partial(run_one, out=out, data=data)
     waiting = [config for config in configs if not is_finished(out / config.name)]
     for config in configs:
         if config not in waiting:

@@ -112,7 +112,7 @@ class Session:
         for rows in self._batches(task):
             self.recorder.step(loss=self._update(task, rows))
 
-    def fit_until_stopped(self, task: Task, number: int) -> None:
+    def fit_until_stopped(self, task: Task, number: int) -> bool:
         """Train on one task, stop early, and go back to its best weights.
 
         As in the paper, the *test* accuracy of the task decides when to stop.
@@ -121,6 +121,9 @@ class Session:
             task: What to learn.
             number: Its place in the sequence, from 1.
 
+        Returns:
+            Whether the epochs ran out first: such a run has not converged.
+
         Raises:
             Diverged: If the loss leaves the finite numbers.
         """  # noqa: DOC502 - raised by the update
@@ -128,6 +131,7 @@ class Session:
         assert every is not None
         assert patience is not None
         best, best_weights, waited = -1.0, self.model.state_dict(), 0
+        capped = True
         for step, rows in enumerate(self._batches(task), start=1):
             loss = self._update(task, rows)
             if step % every:
@@ -140,8 +144,10 @@ class Session:
                 best, waited = now, 0
                 best_weights = copy.deepcopy(self.model.state_dict())
             if waited >= patience:
+                capped = False
                 break
         self.model.load_state_dict(best_weights)
+        return capped
 
     def end_task(self, number: int, **scalars: float) -> None:
         """Record the accuracy on every task, and the state, under ``task-<number>``."""
@@ -156,8 +162,8 @@ def permuted(session: Session) -> None:
     """Learn the tasks one after the other, each to its best, optimizer renewed."""
     for number, task in enumerate(session.tasks, start=1):
         session.renew_optimizer()
-        session.fit_until_stopped(task, number)
-        session.end_task(number)
+        capped = session.fit_until_stopped(task, number)
+        session.end_task(number, **{f"capped/{number}": float(capped)})
 
 
 def pairs(session: Session) -> None:

@@ -21,7 +21,7 @@ def paths(value):
 
 def test_every_leaf_of_a_structure_has_a_path():
     t = torch.ones(2, 3)
-    pair = namedtuple("pair", "a b")  # noqa: PYI024 - what third-party modules return
+    pair = namedtuple("pair", "a b")
     assert paths(t) == [""]
     assert paths((t, None, t)) == ["[0]", "[2]"]
     assert paths({"h": t, "t": (t, t)}) == ["h", "t[0]", "t[1]"]

@@ -1,0 +1,332 @@
+"""From stores to tidy tables: every metric of every layer at every captured step."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from repscope import parallel, store
+from repscope.errors import MetricError, UnknownLayer, UnknownName, UsageError, suggest
+from repscope.landscape import SPARSITY_METRICS
+from repscope.metrics.alignment import ALIGNMENT_METRICS
+from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.spectra import SPECTRUM_METRICS, spectra
+from repscope.metrics.weights import WEIGHT_METRICS
+from repscope.results import SparsityCurve
+from repscope.snapshot import Snapshot
+from repscope.store import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "run",
+    "optimizer",
+    "seed",
+    "task",
+    "step",
+    "layer",
+    "target",
+    "metric",
+    "value",
+    "n_samples",
+    "note",
+)
+METRICS = (
+    *SPECTRUM_METRICS,
+    *ALIGNMENT_METRICS,
+    *WEIGHT_METRICS,
+    *CONTINUAL_METRICS,
+    *SPARSITY_METRICS,
+)
+# Activations held at once, in bytes, before their spectra are computed together.
+_BATCH_BYTES = 256 * 2**20
+
+Row = dict[str, Any]
+Runs = str | Path | Run | Iterable[str | Path | Run]
+
+
+def measure(
+    runs: Runs,
+    *,
+    metrics: Sequence[str] | None = None,
+    layers: str = "*",
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """Return every metric of some stores as one tidy table.
+
+    The spectra of all layers, steps and runs come from one batched decomposition per
+    matrix size. Where a metric has no meaning (non-finite activations, a single
+    class, a run that diverged) its value is NaN and ``note`` says why.
+
+    Args:
+        runs: A store, its path, or several.
+        metrics: Names to compute; ``None`` takes all that the stores have data for.
+        layers: Glob over the recorded layer and parameter names.
+        jobs: Worker processes over runs.
+
+    Returns:
+        Columns ``run, optimizer, seed, task, step, layer, target, metric, value,
+        n_samples, note``; rows in the order of the runs, then as recorded. Readings
+        of the accuracy matrix have target ``"accuracy"``, those of a sparsity curve
+        target ``"pruned"`` and the scope as layer.
+
+    Raises:
+        UsageError: If no run is given.
+    """
+    import pandas as pd
+
+    opened = as_runs(runs)
+    if not opened:
+        raise UsageError("measure needs at least one store")
+    wanted = _check_metrics(metrics)
+    _check_layers(opened, layers)
+    work = partial(_measure, wanted=wanted, layers=layers)
+    size = math.ceil(len(opened) / max(jobs, 1))
+    parts = [opened[i : i + size] for i in range(0, len(opened), size)]
+    rows = [row for part in parallel.run(work, parts, jobs=jobs) for row in part]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def as_runs(runs: Runs) -> list[Run]:
+    """Return stores, opened where only a path was given.
+
+    Args:
+        runs: A store, its path, or several.
+
+    Returns:
+        A list of `Run`.
+    """
+    single = isinstance(runs, str | Path | Run)
+    several: Iterable[str | Path | Run] = [runs] if single else runs  # type: ignore[list-item, assignment]
+    return [run if isinstance(run, Run) else store.open(run) for run in several]
+
+
+def optimizer_of(run: Run) -> str:
+    """Return the label of a run's optimizer: ``meta["optimizer"]``, or its class.
+
+    Args:
+        run: A store.
+
+    Returns:
+        The label, ``"unknown"`` when the store does not say.
+    """
+    described = run.meta.get("recorder", {}).get("optimizer") or {}
+    return str(run.meta.get("optimizer") or described.get("class", "unknown").lower())
+
+
+def accuracy_matrix(run: Run) -> Tensor | None:
+    """Return ``A[i, j]``, the accuracy on task j after task i, from the scalars.
+
+    Read from the scalars ``accuracy/<j>`` at the step tagged ``task-<i>``, both
+    counted from 1.
+
+    Args:
+        run: A store.
+
+    Returns:
+        Float64 ``(n_tasks, n_tasks)``, NaN where a task was never finished; ``None``
+        when the store has no such scalars or tags.
+    """
+    table = run.scalars()
+    n_tasks = sum(name.startswith("accuracy/") for name in table.columns)
+    ends = {int(tag[5:]): s for tag, s in run.tags.items() if tag.startswith("task-")}
+    if not n_tasks or not (ends or "diverged" in run.tags):
+        return None
+    matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float64)
+    for i, step in ends.items():
+        for j in range(1, n_tasks + 1):
+            matrix[i - 1, j - 1] = table[f"accuracy/{j}"].loc[step]
+    return matrix
+
+
+def sparsity_curves(run: Run) -> dict[str, SparsityCurve]:
+    """Return the recorded sparsity curves of a run, one per pruning scope.
+
+    Read from the scalars ``pruned/<scope>/<sparsity>``; thresholds are not recorded.
+
+    Args:
+        run: A store.
+
+    Returns:
+        Scope -> curve; empty when the store has none.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, column in run.scalars().items():
+        kind, _, rest = str(name).partition("/")
+        if kind == "pruned":
+            scope, _, share = rest.partition("/")
+            score = float(column.dropna().iloc[-1])
+            points.setdefault(scope, []).append((float(share), score))
+    curves = {}
+    for scope, pairs in points.items():
+        values = torch.tensor(sorted(pairs), dtype=torch.float64)
+        unknown = torch.full_like(values[:, 0], math.nan)
+        curves[scope] = SparsityCurve(
+            values[:, 0], unknown, values[:, 1], float(values[0, 1])
+        )
+    return curves
+
+
+def example_labels(snapshot: Snapshot, rows: Tensor) -> Tensor | None:
+    """Return one label a row: token rows take the label of their example.
+
+    Args:
+        snapshot: Where the labels are.
+        rows: Activations ``(n_rows, n_features)``; a multiple of the labels.
+
+    Returns:
+        Labels ``(n_rows,)``, or ``None`` when there are none or they do not fit.
+    """
+    y = snapshot.labels
+    if y is None or len(y) == 0 or len(rows) % len(y):
+        return None
+    return y.repeat_interleave(len(rows) // len(y))
+
+
+# -- one worker's share -------------------------------------------------------
+def _measure(runs: Sequence[Run], *, wanted: frozenset[str], layers: str) -> list[Row]:
+    rows: list[Row] = []
+    waiting: list[tuple[Row, Tensor]] = []
+    held = 0
+    place = itertools.count()
+    for run in runs:
+        rows += _run_rows(run, wanted, next(place))
+        for base, X, y in _streams(run, layers):
+            base["place"] = next(place)
+            if base["target"] == "weights":
+                rows += _apply(WEIGHT_METRICS, wanted, base, X)
+                continue
+            if wanted.intersection(SPECTRUM_METRICS):
+                waiting.append((base, X))
+                held += X.nbytes
+            if y is not None:
+                rows += _apply(ALIGNMENT_METRICS, wanted, base, X, y)
+            if held > _BATCH_BYTES:
+                rows += _spectrum_rows(waiting, wanted)
+                waiting, held = [], 0
+    rows += _spectrum_rows(waiting, wanted)
+    return sorted(rows, key=itemgetter("place"))
+
+
+def _streams(run: Run, layers: str) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
+    names = {layer for _, layer in run.streams if fnmatch.fnmatchcase(layer, layers)}
+    for snapshot in run.snapshots(layers=names):
+        for (target, layer), X in snapshot.streams.items():
+            note = "" if not snapshot.tags else f"tag {', '.join(snapshot.tags)}"
+            base = _base(run) | {
+                "step": snapshot.step,
+                "layer": layer,
+                "target": target,
+                "n_samples": len(X) if target != "weights" else 0,
+                "note": note,
+            }
+            yield base, X, example_labels(snapshot, X)
+
+
+def _base(run: Run) -> Row:
+    return {
+        "run": run.name,
+        "optimizer": optimizer_of(run),
+        "seed": run.meta.get("seed"),
+        "task": run.meta.get("task", ""),
+    }
+
+
+def _run_rows(run: Run, wanted: frozenset[str], place: int) -> list[Row]:
+    """Return the readings that belong to a whole run: accuracies and pruning."""
+    base = _base(run) | {
+        "place": place,
+        "step": max(run.steps, default=0),
+        "layer": "",
+        "n_samples": 0,
+        "note": "diverged" if "diverged" in run.tags else "",
+    }
+    rows: list[Row] = []
+    if wanted.intersection(CONTINUAL_METRICS):
+        matrix = accuracy_matrix(run)
+        if matrix is not None:
+            base |= {"target": "accuracy"}
+            rows += _apply(CONTINUAL_METRICS, wanted, base, matrix)
+    if wanted.intersection(SPARSITY_METRICS):
+        for scope, curve in sparsity_curves(run).items():
+            base |= {"target": "pruned", "layer": scope}
+            rows += _apply(SPARSITY_METRICS, wanted, base, curve)
+    return rows
+
+
+def _apply(
+    table: Any, wanted: frozenset[str], base: Row, *arguments: object
+) -> list[Row]:
+    return [
+        _row(base, name, partial(function, *arguments))
+        for name, function in table.items()
+        if name in wanted
+    ]
+
+
+def _row(base: Row, metric: str, compute: Callable[[], Tensor]) -> Row:
+    try:
+        return base | {"metric": metric, "value": float(compute())}
+    except MetricError as error:
+        return _note(base, str(error)) | {"metric": metric, "value": math.nan}
+
+
+def _spectrum_rows(
+    waiting: Sequence[tuple[Row, Tensor]], wanted: frozenset[str]
+) -> list[Row]:
+    """Return every metric of all waiting spectra, decomposed together."""
+    usable = [bool(X.numel() and len(X) > 1 and X.isfinite().all()) for _, X in waiting]
+    done = iter(spectra(list(itertools.compress((X for _, X in waiting), usable))))
+    rows: list[Row] = []
+    for (base, X), fine in zip(waiting, usable, strict=True):
+        if not fine:
+            noted = _note(base, "no spectrum: not finite, or fewer than 2 rows")
+            rows += [
+                noted | {"metric": name, "value": math.nan}
+                for name in SPECTRUM_METRICS
+                if name in wanted
+            ]
+            continue
+        spectrum = next(done)
+        if spectrum.degenerate:
+            base = _note(base, f"degenerate: {spectrum.degenerate}")
+        if len(X) < 5 * X.shape[1]:
+            base = _note(base, "n_samples < 5 n_features")
+        rows += _apply(SPECTRUM_METRICS, wanted, base, spectrum)
+    return rows
+
+
+def _note(base: Row, text: str) -> Row:
+    return base | {"note": "; ".join(filter(None, [base["note"], text]))}
+
+
+# -- checks -------------------------------------------------------------------
+def _check_metrics(metrics: Sequence[str] | None) -> frozenset[str]:
+    if metrics is None:
+        return frozenset(METRICS)
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    for name in names:
+        if name not in METRICS:
+            raise UnknownName(
+                f"unknown metric {name!r}{suggest(name, METRICS)} "
+                f"(known: {', '.join(METRICS)})"
+            )
+    return frozenset(names)
+
+
+def _check_layers(runs: Sequence[Run], layers: str) -> None:
+    known = {layer for run in runs for _, layer in run.streams}
+    if known and not any(fnmatch.fnmatchcase(name, layers) for name in known):
+        raise UnknownLayer(
+            f"no recorded layer matches {layers!r}{suggest(layers, known)}"
+        )

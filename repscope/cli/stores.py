@@ -1,0 +1,109 @@
+"""``repscope info``, ``metrics`` and ``plot``: look into stores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from repscope import store
+from repscope.report.table import text_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Print what a store holds."""
+    run = store.open(arguments.store)
+    scalars = run.scalars()
+    last = {
+        name: (int(column.dropna().index[-1]), float(column.dropna().iloc[-1]))
+        for name, column in scalars.items()
+    }
+    if arguments.format == "json":
+        print(json.dumps(_summary(run, last), indent=2, default=str))
+        return
+    state = "finished" if run.closed else "being written, or killed"
+    if "interrupted" in run.meta:
+        state = f"interrupted by {run.meta['interrupted']}"
+    print(f"{run.path}  ({state}, {run.nbytes / 2**20:.1f} MB)")
+    print(f"steps {len(run.steps)}: {_range(run.steps)}   tags: {_tags(run)}\n")
+    rows = [
+        [target, layer, " x ".join(map(str, run.shapes[target, layer])) or "scalar"]
+        for target, layer in run.streams
+    ]
+    print(text_table(["target", "layer", "shape (last record)"], rows))
+    if last:
+        rows = [[str(name), f"{v:.6g}", str(step)] for name, (step, v) in last.items()]
+        print("\n" + text_table(["scalar", "last value", "at step"], rows))
+    print("\nconfiguration\n" + json.dumps(run.meta, indent=2))
+
+
+def _summary(run: store.Run, last: dict[Any, tuple[int, float]]) -> dict[str, Any]:
+    return {
+        "path": str(run.path),
+        "closed": run.closed,
+        "bytes": run.nbytes,
+        "steps": run.steps,
+        "tags": run.tags,
+        "streams": [
+            {"target": target, "layer": layer, "shape": run.shapes[target, layer]}
+            for target, layer in run.streams
+        ],
+        "scalars": {name: {"step": s, "value": v} for name, (s, v) in last.items()},
+        "meta": run.meta,
+    }
+
+
+def _range(steps: list[int]) -> str:
+    shown = [str(step) for step in steps]
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-2:]]
+    return ", ".join(shown)
+
+
+def _tags(run: store.Run) -> str:
+    return ", ".join(f"{tag} at {step}" for tag, step in run.tags.items()) or "none"
+
+
+def metrics(arguments: argparse.Namespace) -> None:
+    """Print a table of metrics."""
+    from repscope.analysis import measure
+
+    frame = measure(arguments.stores, metrics=arguments.metric, layers=arguments.layers)
+    if not arguments.all_steps:
+        keys = ["run", "layer", "target", "metric"]
+        frame = frame.groupby(keys, sort=False, dropna=False).tail(1)
+    if frame.empty:
+        print("repscope: the stores hold nothing these metrics read", file=sys.stderr)
+    if arguments.format == "csv":
+        print(frame.to_csv(index=False), end="")
+    elif arguments.format == "json":
+        print(frame.to_json(orient="records", indent=2))
+    else:
+        print(text_table(list(frame.columns), _cells(frame)))
+
+
+def _cells(frame: pd.DataFrame) -> list[list[str]]:
+    def show(value: object) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "–"
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    return [[show(value) for value in row] for row in frame.itertuples(index=False)]
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw one figure into a file."""
+    from repscope import plots
+    from repscope.analysis import as_runs
+    from repscope.report.figures import draw
+
+    drawn = draw(arguments.kind, as_runs(arguments.stores), layer=arguments.layer)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(drawn.figure, arguments.out)
+    print(arguments.out)
+    print(drawn.caption, file=sys.stderr)

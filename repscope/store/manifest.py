@@ -1,0 +1,169 @@
+"""The manifest: what is in the store, as frames that are whole or absent.
+
+A frame is ``magic, seq, length`` (16 bytes, little-endian), ``length`` bytes of JSON,
+and the crc32 of all of these. What no whole frame names was never acknowledged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from repscope.errors import FormatTooNew, NotAStore
+from repscope.store import files
+
+VERSION = 1
+_FORMAT = "RepScope store\nversion "
+_MAGIC = b"RSF1"
+_HEAD = struct.Struct("<4sQI")
+_CRC = struct.Struct("<I")
+
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
+
+
+# -- FORMAT ------------------------------------------------------------------
+def write_format(path: Path) -> None:
+    """Create the file ``FORMAT`` of a new store at ``path``."""
+    files.write_new(path / "FORMAT", f"{_FORMAT}{VERSION}\n".encode())
+
+
+def check_format(path: Path) -> None:
+    """Refuse what is no store, or a newer one.
+
+    Args:
+        path: The store.
+
+    Raises:
+        NotAStore: If ``path`` holds no store.
+        FormatTooNew: If a newer RepScope wrote it.
+    """
+    if not path.exists():
+        raise NotAStore(f"{path} does not exist; check the path of the run")
+    if not path.is_dir():
+        raise NotAStore(
+            f"{path} is a file; a store is the directory that a Recorder made"
+        )
+    for name in ("FORMAT", "MANIFEST"):
+        if not (path / name).is_file():
+            raise NotAStore(
+                f"{path} has no {name}: it is no store, or one whose creation was cut "
+                "short before anything was recorded"
+            )
+    with (path / "FORMAT").open("rb") as file:
+        text = file.read(64).decode("ascii", "replace")
+    found = text.removeprefix(_FORMAT).strip()
+    if not text.startswith(_FORMAT) or not found.isdigit():
+        raise NotAStore(f"{path}/FORMAT does not say that this is a RepScope store")
+    if int(found) > VERSION:
+        raise FormatTooNew(
+            f"{path} has store format {found}, this RepScope knows up to {VERSION}; "
+            "upgrade repscope to read it"
+        )
+
+
+# -- frames ------------------------------------------------------------------
+def encode(seq: int, body: dict[str, Any]) -> bytes:
+    """Return the bytes of one frame."""
+    text = json.dumps(body, separators=(",", ":")).encode("ascii")
+    data = _HEAD.pack(_MAGIC, seq, len(text)) + text
+    return data + _CRC.pack(zlib.crc32(data))
+
+
+def decode(data: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the bodies of the whole frames, up to the first that is not.
+
+    Args:
+        data: The content of a manifest; its tail may be torn.
+
+    Yields:
+        One decoded JSON object per frame, in order.
+    """
+    view, offset, expected = memoryview(data), 0, 0
+    while offset + _HEAD.size + _CRC.size <= len(view):
+        magic, seq, length = _HEAD.unpack_from(view, offset)
+        end = offset + _HEAD.size + length
+        if (magic, seq) != (_MAGIC, expected) or end + _CRC.size > len(view):
+            return
+        if _CRC.unpack_from(view, end) != (zlib.crc32(view[offset:end]),):
+            return
+        yield json.loads(bytes(view[offset + _HEAD.size : end]))
+        offset, expected = end + _CRC.size, expected + 1
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the frames of the store at ``path``, the header first.
+
+    Args:
+        path: The store.
+
+    Returns:
+        At least one frame.
+
+    Raises:
+        NotAStore: If there is no whole frame.
+    """
+    check_format(path)
+    frames = list(decode((path / "MANIFEST").read_bytes()))
+    if not frames:
+        raise NotAStore(
+            f"{path}/MANIFEST holds no whole frame: nothing was ever recorded here"
+        )
+    return frames
+
+
+class Manifest:
+    """The writer's end of a manifest: `write` a frame, then `sync` it.
+
+    Args:
+        path: The store; its manifest must not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path / "MANIFEST"
+        self._file = self._path.open("xb", buffering=0)
+        self._seq = 0
+        self._good = 0  # bytes known to be durable
+        self._written = 0
+        self._suspect = False
+
+    def write(self, body: dict[str, Any]) -> None:
+        """Write a frame after the durable ones, over what a failure left there."""
+        if self._suspect:
+            self._renew()
+        frame = encode(self._seq, body)
+        fd = self._file.fileno()
+        os.ftruncate(fd, self._good)
+        os.lseek(fd, self._good, os.SEEK_SET)
+        files.write_all(fd, frame)
+        self._written = self._good + len(frame)
+
+    def undo(self) -> None:
+        """Take back what `write` did, whether it finished or not."""
+        os.ftruncate(self._file.fileno(), self._good)
+
+    def sync(self) -> None:
+        """Make the frame just written durable."""
+        self._suspect = True
+        _sync_data(self._file.fileno())
+        self._suspect = False
+        self._good = self._written
+        self._seq += 1
+
+    def _renew(self) -> None:
+        """Go on in a new file: after a failed fsync the kernel may drop old pages."""
+        temp = self._path.with_name(f".tmp-MANIFEST-{os.getpid()}")
+        files.write_new(temp, self._path.read_bytes()[: self._good])
+        temp.rename(self._path)
+        files.sync_directory(self._path.parent)
+        self._file.close()
+        self._file = self._path.open("r+b", buffering=0)
+        self._suspect = False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,301 @@
+"""Read a run."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from repscope.errors import UnknownName, UsageError, suggest
+from repscope.snapshot import Snapshot, StreamKey
+from repscope.store.catalog import Catalog
+from repscope.store.display import as_html, as_text
+from repscope.store.index import LABELS, RESERVED, SCALARS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def open(path: str | os.PathLike[str]) -> Run:
+    """Open the store of a run for reading.
+
+    Nothing on disk is changed and no lock is needed, so a run can be read while it is
+    being recorded: what was acknowledged is seen, whole batches at a time.
+
+    Args:
+        path: The directory that a Recorder made.
+
+    Returns:
+        The run; its tensors are read when asked for.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from repscope.snapshot import Snapshot
+        >>> from repscope.store import create, open
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = create(f"{folder}/run", meta={"seed": 0})
+        ...     writer.append(Snapshot(3, {("outputs", "fc"): torch.ones(2, 4)}))
+        ...     writer.close()
+        ...     run = open(f"{folder}/run")
+        ...     run.steps, run.read("fc").shape
+        ([3], torch.Size([2, 4]))
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """What was recorded in one run.
+
+    Args:
+        path: The store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._catalog = Catalog(path)
+
+    def refresh(self) -> Run:
+        """Pick up what was acknowledged since.
+
+        Returns:
+            The run itself.
+        """
+        self._catalog = Catalog(self.path)
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Run], tuple[Path]]:
+        return open, (self.path,)
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    # -- what there is -------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.name
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What was noted about the run; later notes win."""
+        return dict(self._catalog.meta)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the writer closed the run, rather than still write or die."""
+        return self._catalog.closed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segments on disk."""
+        return self._catalog.nbytes
+
+    @property
+    def streams(self) -> list[StreamKey]:
+        """Every ``(target, layer)``, in order of first appearance."""
+        return self._catalog.streams()
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers whose outputs were recorded, in order of first appearance."""
+        return [layer for target, layer in self.streams if target == "outputs"]
+
+    @property
+    def targets(self) -> list[str]:
+        """Recorded targets, in order of first appearance."""
+        return list(dict.fromkeys(target for target, _ in self.streams))
+
+    @property
+    def steps(self) -> list[int]:
+        """Ascending steps at which at least one stream was recorded."""
+        return list(self._catalog.steps)
+
+    @property
+    def tags(self) -> dict[str, int]:
+        """Step of every tag; the latest use of a tag counts."""
+        return {
+            tag: self._catalog.step(record)
+            for tag, record in self._catalog.tags.items()
+        }
+
+    @property
+    def shapes(self) -> dict[StreamKey, tuple[int, ...]]:
+        """Shape of the latest record of every stream."""
+        catalog = self._catalog
+        return {key: catalog.shape(key, catalog.last[key]) for key in self.streams}
+
+    # -- what it holds -------------------------------------------------------
+    def read(
+        self,
+        layer: str,
+        step: int = -1,
+        *,
+        target: str = "outputs",
+        tag: str | None = None,
+    ) -> Tensor:
+        """Return a copy of one record of one stream.
+
+        Args:
+            layer: Layer or parameter name.
+            step: A recorded step, or -1 for the last one that has this stream. Of a
+                step recorded twice, the latest record counts.
+            target: What was recorded of the layer.
+            tag: Choose the record by its tag instead.
+
+        Returns:
+            Activations ``(n_samples, n_features)``, or a tensor of the parameter's
+            shape, in the recorded dtype.
+        """
+        key = self._key(target, layer)
+        return self._catalog.load(key, self._record(key, step, tag))
+
+    def labels(self, step: int = -1, *, tag: str | None = None) -> Tensor | None:
+        """Return the labels ``(n_samples,)`` of one record.
+
+        Args:
+            step: A recorded step, or -1 for the last one that has labels.
+            tag: Choose the record by its tag instead.
+
+        Returns:
+            The labels, or None if that record has none.
+        """
+        record = self._chosen(LABELS, step, tag)
+        if record is None or not self._catalog.has(LABELS, record):
+            return None
+        return self._catalog.load(LABELS, record)
+
+    def scalars(self) -> pd.DataFrame:
+        """Return the scalars: one row per step, one float64 column per name.
+
+        Returns:
+            Index ``step``, ascending; NaN where a step has no value. Of several values
+            for one step the latest counts.
+        """
+        import pandas as pd
+
+        found: dict[str, dict[int, float]] = {}
+        for name, steps, values in self._catalog.columns(SCALARS):
+            column = found.setdefault(name, {})
+            column.update(zip(steps, values.tolist(), strict=True))
+        columns = {name: pd.Series(column) for name, column in found.items()}
+        table = pd.DataFrame(columns, dtype="float64").sort_index()
+        table.index = table.index.astype("int64").rename("step")
+        return table
+
+    def snapshots(
+        self, *, target: str | None = None, layers: Iterable[str] | None = None
+    ) -> Iterator[Snapshot]:
+        """Yield what was recorded, in the order of recording, one at a time.
+
+        Args:
+            target: Only this target; None for all.
+            layers: Only these layers; None for all.
+
+        Yields:
+            Snapshots that have at least one of the chosen streams.
+        """
+        keys = self._chosen_streams(target, layers)
+        for record in self._catalog.records:
+            if any(self._catalog.has(key, record) for key in keys):
+                yield self._snapshot(record, keys)
+
+    # -- finding -------------------------------------------------------------
+    def _snapshot(self, record: int, keys: list[StreamKey]) -> Snapshot:
+        catalog = self._catalog
+        here = {key for key in catalog.batch(record).parts if catalog.has(key, record)}
+        return Snapshot(
+            step=catalog.step(record),
+            streams={key: catalog.load(key, record) for key in keys if key in here},
+            labels=catalog.load(LABELS, record) if LABELS in here else None,
+            scalars={
+                key[1]: catalog.load(key, record).item()
+                for key in catalog.batch(record).parts
+                if key[0] == SCALARS and key in here
+            },
+            tags=catalog.tags_of(record),
+        )
+
+    def _key(self, target: str, layer: str) -> StreamKey:
+        if (target, layer) in self._catalog.last and target not in RESERVED:
+            return target, layer
+        if not self.streams:
+            raise UnknownName(f"{self.path} has no layer {layer!r}: it holds no stream")
+        if target not in self.targets:
+            raise UnknownName(
+                f"{self.path} has no target {target!r}{suggest(target, self.targets)}"
+            )
+        layers = [name for kind, name in self.streams if kind == target]
+        raise UnknownName(
+            f"{self.path} has no {target} of a layer {layer!r}{suggest(layer, layers)}"
+        )
+
+    def _chosen_streams(
+        self, target: str | None, layers: Iterable[str] | None
+    ) -> list[StreamKey]:
+        keys = [key for key in self.streams if target in (None, key[0])]
+        if target is not None and not keys:
+            raise UnknownName(
+                f"{self.path} has no target {target!r}{suggest(target, self.targets)}"
+            )
+        if layers is None:
+            return keys
+        wanted = [layers] if isinstance(layers, str) else list(layers)
+        for layer in wanted:
+            if layer not in (known := {name for _, name in keys}):
+                raise UnknownName(
+                    f"{self.path} has no layer {layer!r}{suggest(layer, known)}"
+                )
+        return [key for key in keys if key[1] in wanted]
+
+    def _record(self, key: StreamKey, step: int, tag: str | None) -> int:
+        record = self._chosen(key, step, tag)
+        if record is None or not self._catalog.has(key, record):
+            steps = self._catalog.steps_with(key)
+            what = f"tag {tag!r}" if tag is not None else f"step {step}"
+            raise UnknownName(
+                f"{what} of {self.path} holds no {key[0]} of layer {key[1]!r}; it was "
+                f"recorded at {_nearest(step, steps)}"
+            )
+        return record
+
+    def _chosen(self, key: StreamKey, step: int, tag: str | None) -> int | None:
+        """Return the record asked for; one without the stream only by its tag.
+
+        Raises:
+            UnknownName: If the step was not recorded.
+        """
+        catalog, step = self._catalog, operator.index(step)
+        if tag is not None:
+            return self._tagged(tag, step)
+        if step == -1:
+            latest = (catalog.latest(key, one) for one in reversed(catalog.steps))
+            return next((record for record in latest if record is not None), None)
+        if step not in catalog.by_step:
+            raise UnknownName(
+                f"{self.path} has no step {step}; recorded nearest: "
+                f"{_nearest(step, catalog.steps)}"
+            )
+        return catalog.latest(key, step)
+
+    def _tagged(self, tag: str, step: int) -> int:
+        if step != -1:
+            raise UsageError("choose a record by its step or by its tag, not by both")
+        if tag not in self._catalog.tags:
+            raise UnknownName(
+                f"{self.path} has no tag {tag!r}{suggest(tag, self._catalog.tags)}"
+            )
+        return self._catalog.tags[tag]
+
+
+def _nearest(step: int, steps: list[int], *, n: int = 3) -> str:
+    """Return the few steps nearest to ``step``, ascending, as words."""
+    near = sorted(sorted(steps, key=lambda known: abs(known - step))[:n])
+    more = f" (of {len(steps)})" if len(steps) > len(near) else ""
+    return f"step{'s' * (len(near) != 1)} {', '.join(map(str, near)) or 'none'}{more}"

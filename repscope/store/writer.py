@@ -1,0 +1,283 @@
+"""Record a run: what `Writer.commit` returned from survives kill and power loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
+from repscope.snapshot import Snapshot, StreamKey
+from repscope.store import files, manifest, segment
+from repscope.store.columns import plan
+from repscope.store.index import to_spans
+from repscope.store.lock import Lock
+from repscope.store.pending import Pending, settle_scalars
+
+SEGMENT_BYTES = 2**26
+COMMIT_SECONDS = 10.0
+
+
+def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Writer:
+    """Make a new store and return its writer.
+
+    Args:
+        path: Where the directory of the store will be; parents are made.
+        meta: JSON-able facts about the run.
+
+    Returns:
+        A writer that holds the lock of the store until `Writer.close`.
+
+    Raises:
+        StoreExists: If anything is at ``path``; it is left as it was.
+    """
+    path, facts = Path(path), as_json(meta)
+    try:
+        files.make_directory(path)
+    except FileExistsError as error:
+        raise StoreExists(
+            f"{error.filename} exists already and was left untouched; choose another "
+            "path, or remove it if it is no longer needed"
+        ) from None
+    try:
+        with files.disk_errors(f"making the store {path}", advice="nothing is left"):
+            return Writer(path, facts)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+class Writer:
+    """The one writer of a new store; made by `create`.
+
+    Args:
+        path: An empty directory.
+        meta: Normalised by `as_json`.
+
+    Attributes:
+        path: The store.
+    """
+
+    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._pending = Pending()
+        self._notes: dict[str, Any] = {}
+        self._acked: Counter[StreamKey] = Counter()
+        self._next_segment = 0
+        self._closed = False
+        self._lock = Lock(path / "LOCK")
+        try:
+            manifest.write_format(path)
+            (path / "segments").mkdir()
+            self._manifest = manifest.Manifest(path)
+        except BaseException:
+            self._lock.release()
+            raise
+        try:
+            self._manifest.write({"created": time.time(), "meta": dict(meta)})
+            self._manifest.sync()
+            files.sync_directory(path)
+        except BaseException:
+            self._let_go()
+            raise
+        self._committed = time.monotonic()
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Take a snapshot for the next commit, and commit when it is time.
+
+        A commit follows when the next snapshot like this would not fit into a segment,
+        or `COMMIT_SECONDS` after the last one. If that commit fails its error is
+        raised, and the snapshot is kept for the next attempt.
+
+        Args:
+            snapshot: Its tensors now belong to the store and must not change: streams
+                and labels on the CPU; scalars may stay on their device.
+        """
+        self._check()
+        size = self._pending.add(snapshot)
+        full = self._pending.nbytes + size > _data_bytes()
+        if full or time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.commit()
+
+    def annotate(self, **meta: object) -> None:
+        """Note facts that were not known at the start; the next commit writes them.
+
+        Args:
+            **meta: JSON-able; they override earlier facts of the same name.
+        """
+        self._check()
+        self._notes |= as_json(meta)
+
+    def commit(self) -> None:
+        """Make everything appended so far durable, or raise and keep it in memory.
+
+        Either all streams of the batch are in the store afterwards or none is. After
+        an error the same call may be tried again.
+        """
+        self._check()
+        if self._pending.records or self._notes:
+            with self._disk_errors():
+                self._commit()
+        self._committed = time.monotonic()
+
+    def close(self) -> None:
+        """Commit, mark the store as complete and let others write; then do nothing.
+
+        If the commit fails the writer stays open, so that it can be tried again.
+        """
+        if self._closed:
+            return
+        self.commit()
+        with self._disk_errors():
+            self._manifest.write({"closed": True})
+            self._manifest.sync()
+        self._let_go()
+
+    def abort(self) -> None:
+        """Drop what is pending and let others write; what was committed stays."""
+        if self._closed:
+            return
+        self._check()
+        self._let_go()
+
+    def discard(self) -> None:
+        """Remove the whole store: its run failed before it began."""
+        self.abort()
+        shutil.rmtree(self.path)
+
+    def acked_rows(self, target: str, layer: str) -> int:
+        """Return how many rows (tensors, for weights) of a stream are durable."""
+        return self._acked[target, layer]
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes appended and not yet durable."""
+        return self._pending.nbytes
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedRecorder(
+                f"{self.path} belongs to process {self._pid}; this is its forked child "
+                f"{os.getpid()}: record in the parent, or into a store of its own"
+            )
+        if self._closed:
+            raise ClosedStore(f"{self.path} is closed; record into a new store")
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return files.disk_errors(
+            f"writing the store {self.path}",
+            advice="what was acknowledged is safe and the rest waits in memory: remove "
+            "the cause, then commit() again",
+        )
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._pending.clear()
+        self._manifest.close()
+        self._lock.release()
+
+    # -- the commit protocol -------------------------------------------------
+    def _commit(self) -> None:
+        frame: dict[str, Any] = {"time": time.time(), "meta": self._notes}
+        written: list[Path] = []
+        try:
+            if self._pending.records:
+                frame |= self._write_segments(written)
+            self._manifest.write(frame)
+        except BaseException:
+            # Once no frame names them, they are not part of the store.
+            self._manifest.undo()
+            for path in written:
+                files.discard(path)
+            raise
+        # From here on a frame may survive even if the sync fails: its segments stay,
+        # and their numbers are never used again.
+        self._next_segment += len(written)
+        self._manifest.sync()
+        self._acked += self._pending.rows()
+        self._pending.clear()
+        self._notes = {}
+
+    def _write_segments(self, written: list[Path]) -> dict[str, Any]:
+        """Write the pending records to new segments.
+
+        Args:
+            written: Gets the path of every file made, for removal after a failure.
+
+        Returns:
+            What the frame says about them.
+        """
+        records, folder = self._pending.records, self.path / "segments"
+        settle_scalars(records)
+        segments = []
+        for number, columns in enumerate(
+            plan(records, limit=_data_bytes()),
+            start=self._next_segment,
+        ):
+            image, parts = segment.build(columns)
+            temp = folder / f".tmp-{number}-{os.getpid()}"
+            files.write_new(temp, image)
+            written.append(temp)
+            index = {
+                "number": number,
+                "bytes": len(image),
+                "parts": [part.to_json() for part in parts],
+            }
+            segments.append(index)
+        for i, info in enumerate(segments):
+            written[i] = written[i].rename(folder / f"{info['number']:08d}.h5")
+        files.sync_directory(folder)
+        return {
+            "steps": to_spans(record.step for record in records),
+            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
+            "segments": segments,
+        }
+
+
+def _data_bytes() -> int:
+    """Return how much data a segment takes; HDF5's own structures need the rest."""
+    return SEGMENT_BYTES - SEGMENT_BYTES // 32
+
+
+def as_json(meta: Mapping[str, object]) -> dict[str, Any]:
+    """Return ``meta`` as it will be read back.
+
+    Args:
+        meta: Strings, numbers, booleans, None, and lists and dicts of them; 0-dim
+            tensors and numpy scalars become numbers, tuples become lists.
+
+    Returns:
+        A new dict of plain Python values.
+
+    Raises:
+        UsageError: If a value is anything else.
+    """
+    plain = {}
+    for name, value in meta.items():
+        try:
+            plain[str(name)] = json.loads(json.dumps(value, default=_number))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"meta {name!r} cannot be written as JSON ({error}); give text, "
+                "numbers, or lists and dicts of them"
+            ) from error
+    return plain
+
+
+def _number(value: Any) -> bool | int | float:
+    """Return a 0-dim tensor or a numpy scalar as a Python number.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    item = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(item, bool | int | float):
+        return item
+    raise TypeError(f"got a {type(value).__name__}")

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repscope import Moments, covariance
+from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples
+from repscope.linalg.moments import rescaled
+
+
+def close(found, expected, rtol=1e-12):
+    torch.testing.assert_close(
+        found, torch.as_tensor(expected), rtol=rtol, atol=0, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_covariance_is_numpys(ddof):
+    X = torch.randn(30, 4, dtype=torch.float64) + 2
+    close(covariance(X, ddof=ddof), np.cov(X.numpy(), rowvar=False, ddof=ddof))
+    close(covariance(X, center=False, ddof=ddof), X.mT @ X / (30 - ddof))
+
+
+def test_covariance_of_a_batch_is_that_of_each_matrix():
+    X = torch.randn(2, 3, 20, 4)
+    assert covariance(X).shape == (2, 3, 4, 4)
+    close(covariance(X)[1, 2], covariance(X[1, 2]))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e6, -1e8])
+def test_covariance_survives_a_mean_far_above_the_spread(mean):
+    X = torch.randn(300, 3, dtype=torch.float64) + mean
+    exact = oracles.exact_covariance(X)
+    scale = np.abs(exact).max()
+    streamed = Moments()
+    for rows in X.split([1, 7, 100, 192]):
+        streamed.update(rows)
+    for found in (covariance(X), streamed.covariance()):
+        assert np.abs(found.numpy() - exact).max() / scale <= 1e-9
+
+
+def test_float32_at_mean_1e6_is_as_exact_as_its_values():
+    X = torch.randn(500, 3) + 1e6
+    exact = oracles.exact_covariance(X)
+    assert np.abs(Moments().update(X).covariance().numpy() - exact).max() <= 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25])
+def test_float32_extremes_neither_overflow_nor_vanish(scale):
+    X = torch.randn(40, 3)
+    expected = covariance(X) * scale**2
+    close(covariance(X * scale), expected, rtol=1e-5)
+    close(Moments().update(X * scale).covariance(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_narrow_types_equal_their_float64_values(dtype):
+    X = (torch.randn(4000, 3) * 30).to(dtype)
+    close(covariance(X), covariance(X.to(torch.float64)))
+    close(Moments().update(X).covariance(), covariance(X.to(torch.float64)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts=st.lists(st.integers(0, 60), max_size=5), offset=st.floats(-1e5, 1e5))
+def test_moments_do_not_depend_on_how_the_rows_were_cut(cuts, offset):
+    X = torch.randn(60, 3, dtype=torch.float64) + offset
+    edges = [0, *sorted(cuts), 60]
+    blocks = [X[low:high] for low, high in itertools.pairwise(edges)]
+    updated = functools.reduce(Moments.update, blocks, Moments())
+    parts = [Moments().update(block) for block in blocks]
+    merged = functools.reduce(Moments.merge, parts, Moments())
+    for found in (updated, merged):
+        assert found.count == 60
+        torch.testing.assert_close(found.mean, X.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.covariance(), covariance(X), atol=1e-8, rtol=0)
+
+
+def test_more_rows_than_one_block():
+    X = torch.randn(20_000, 2)
+    found = Moments().update(X)
+    torch.testing.assert_close(found.covariance(), covariance(X), rtol=0, atol=1e-13)
+
+
+def test_merge_leaves_the_other_and_its_own_parts_alone():
+    a, b = Moments().update(torch.randn(5, 2)), Moments().update(torch.randn(7, 2))
+    before = b.covariance().clone()
+    taken = Moments().merge(b).merge(a)
+    assert (taken.count, b.count) == (12, 7)
+    close(b.covariance(), before)
+    assert a.merge(Moments()).count == 5
+
+
+def test_inputs_are_not_modified_and_need_no_gradient():
+    X = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    before = X.detach().clone()
+    assert not covariance(X).requires_grad
+    assert not Moments().update(X).mean.requires_grad
+    torch.testing.assert_close(X.detach(), before, rtol=0, atol=0)
+
+
+def test_repr_names_what_was_seen():
+    assert repr(Moments()) == "Moments(count=0, n_features=None)"
+    assert repr(Moments().update([[1.0, 2.0]])) == "Moments(count=1, n_features=2)"
+
+
+def test_bad_input_is_refused_and_changes_nothing():
+    good = Moments().update(torch.ones(4, 3))
+    bad = {
+        "flatten the leading": torch.ones(2, 4, 3),
+        "have 3 features, the new rows 5": torch.ones(4, 5),
+        "leave the float64 range": torch.full((2, 3), 1e200, dtype=torch.float64),
+    }
+    for text, rows in bad.items():
+        with pytest.raises(MetricError, match=text):
+            good.update(rows)
+    with pytest.raises(NonFiniteError, match=r"first at \(1, 0\)"):
+        good.update([[1.0, 1.0, 1.0], [float("inf"), 1.0, 1.0]])
+    with pytest.raises(MetricError, match="have 3 features, the new rows 2"):
+        good.merge(Moments().update(torch.ones(4, 2)))
+    assert good.count == 4
+    close(good.mean, torch.ones(3))
+
+
+def test_too_few_samples():
+    with pytest.raises(NotEnoughSamples, match="no rows"):
+        Moments().update(torch.empty(0, 3)).mean  # noqa: B018 - the property raises
+    with pytest.raises(NotEnoughSamples, match="at least 2 samples, got 1"):
+        Moments().update(torch.ones(1, 3)).covariance(ddof=0)
+    with pytest.raises(NotEnoughSamples, match="at least 2 samples, got 1"):
+        covariance(torch.ones(1, 3))
+    with pytest.raises(NotEnoughSamples, match="ddof=3 needs at least 4"):
+        covariance(torch.ones(3, 3), ddof=3)
+
+
+def test_covariance_beyond_float64_is_refused_not_infinite():
+    with pytest.raises(MetricError, match="leaves the float64 range"):
+        covariance(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [5e-324, 3e-310, 1.0, 1.7e308])
+def test_rescaling_is_exact_and_of_order_one(value):
+    X = torch.tensor([[value, -value / 2]], dtype=torch.float64)
+    scaled, exponent = rescaled(X)
+    assert np.array_equal(np.ldexp(scaled.numpy(), int(exponent)), X.numpy())
+    if value > 1e-300:
+        assert 0.5 <= float(scaled.abs().max()) <= 1

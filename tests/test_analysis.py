@@ -1,0 +1,270 @@
+"""From stores to tables: every number is the one the plain functions give."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import repscope as rs
+from repscope import errors, store
+from repscope.analysis import (
+    METRICS,
+    accuracy_matrix,
+    example_labels,
+    measure,
+    optimizer_of,
+    sparsity_curves,
+)
+from repscope.snapshot import Snapshot
+
+
+def write(path, snapshots, **meta):
+    writer = store.create(path, meta=meta)
+    for snapshot in snapshots:
+        writer.append(snapshot)
+    writer.close()
+    return path
+
+
+def features(seed, n=40, d=6):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+LABELS = torch.arange(40) % 4
+
+
+@pytest.fixture
+def runs(tmp_path):
+    paths = []
+    for seed in range(2):
+        snapshots = [
+            Snapshot(
+                step,
+                {
+                    ("outputs", "hidden1"): features(10 * seed + step),
+                    ("outputs", "hidden2"): features(50 + 10 * seed + step, d=3),
+                    ("weights", "linear.weight"): features(90 + seed, 5, 6) - 0.3,
+                },
+                LABELS,
+            )
+            for step in (0, 5)
+        ]
+        paths.append(
+            write(tmp_path / f"r{seed}", snapshots, optimizer="sgd", seed=seed)
+        )
+    return paths
+
+
+def value(frame, **where):
+    for column, wanted in where.items():
+        frame = frame[frame[column] == wanted]
+    (found,) = frame["value"].tolist()
+    return found
+
+
+def test_the_table_is_tidy_and_holds_what_the_functions_say(runs):
+    frame = measure(runs)
+    assert list(frame.columns) == [
+        "run", "optimizer", "seed", "task", "step", "layer", "target", "metric",
+        "value", "n_samples", "note",
+    ]  # fmt: skip
+    X = features(15)
+    at = {"run": "r1", "step": 5, "layer": "hidden1"}
+    spectrum = rs.spectrum(X)
+    for metric, expected in {
+        "effective_rank": rs.effective_rank(spectrum),
+        "participation_ratio": rs.participation_ratio(spectrum),
+        "class_cosine": rs.cross_class_cosine(X, LABELS),
+    }.items():
+        assert value(frame, metric=metric, **at) == pytest.approx(
+            float(expected), rel=1e-12
+        )
+    W = features(91, 5, 6) - 0.3
+    at = {"run": "r1", "step": 0, "layer": "linear.weight"}
+    assert value(frame, metric="hoyer_sparsity", **at) == pytest.approx(
+        float(rs.hoyer_sparsity(W))
+    )
+    rows = frame[(frame["layer"] == "hidden2") & (frame["metric"] == "effective_rank")]
+    assert rows["run"].tolist() == ["r0", "r0", "r1", "r1"]
+    assert rows["step"].tolist() == [0, 5, 0, 5]
+    assert set(rows["n_samples"]) == {40}
+    assert set(frame["optimizer"]) == {"sgd"}
+    assert set(frame["seed"]) == {0, 1}
+
+
+def test_one_decomposition_per_matrix_size_for_all_layers_steps_and_runs(
+    runs, monkeypatch
+):
+    calls = []
+    real = torch.linalg.eigvalsh
+
+    def counting(A, *rest, **options):
+        calls.append(tuple(A.shape))
+        return real(A, *rest, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", counting)
+    measure(runs, metrics=["effective_rank"])
+    assert sorted(calls) == [(4, 3, 3), (4, 6, 6)]
+
+
+def test_metrics_and_layers_can_be_chosen(runs):
+    frame = measure(runs[0], metrics="trace", layers="hidden*")
+    assert set(frame["metric"]) == {"trace"}
+    assert set(frame["layer"]) == {"hidden1", "hidden2"}
+    frame = measure(rs.open(runs[0]), metrics=["class_cosine"], layers="hidden1")
+    assert len(frame) == 2
+
+
+def test_worker_processes_change_nothing(runs):
+    pd.testing.assert_frame_equal(measure(runs, jobs=2), measure(runs))
+
+
+def test_small_batches_change_nothing(runs, monkeypatch):
+    whole = measure(runs)
+    monkeypatch.setattr("repscope.analysis._BATCH_BYTES", 1)
+    pd.testing.assert_frame_equal(measure(runs), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"metrics": ["effective_rnak"]}, errors.UnknownName, "'effective_rank'"),
+        ({"layers": "hiden1"}, errors.UnknownLayer, "'hidden1'"),
+    ],
+)
+def test_unknown_names_are_refused_with_near_ones(runs, call, error, message):
+    with pytest.raises(error, match=message):
+        measure(runs, **call)
+
+
+def test_no_run_is_refused():
+    with pytest.raises(errors.UsageError, match="at least one store"):
+        measure([])
+
+
+def test_what_has_no_meaning_is_nan_with_a_note(tmp_path):
+    bad = features(0)
+    bad[3, 1] = math.nan
+    streams = {
+        "diverged": bad,
+        "constant": torch.full((40, 3), 2.0),
+        "single": features(1, 1),
+        "few": features(2, 10),
+    }
+    path = write(
+        tmp_path / "run",
+        [
+            Snapshot(0, {("outputs", name): X}, torch.zeros(len(X), dtype=torch.long))
+            for name, X in streams.items()
+        ],
+    )
+    frame = measure(path, metrics=["effective_rank", "class_cosine"])
+
+    def cell(layer, metric):
+        row = frame[(frame["layer"] == layer) & (frame["metric"] == metric)]
+        return row["value"].item(), row["note"].item()
+
+    number, note = cell("diverged", "effective_rank")
+    assert math.isnan(number)
+    assert "not finite" in note
+    number, note = cell("diverged", "class_cosine")
+    assert math.isnan(number)
+    assert "non-finite" in note
+    assert cell("constant", "effective_rank") == (0.0, "degenerate: constant")
+    assert "fewer than 2 rows" in cell("single", "effective_rank")[1]
+    assert "n_samples < 5 n_features" in cell("few", "effective_rank")[1]
+    assert math.isnan(cell("few", "class_cosine")[0])  # one class
+
+
+def test_accuracies_make_the_matrix_and_its_readings(tmp_path):
+    rows = [[0.9, 0.1], [0.6, 0.8]]
+    path = write(
+        tmp_path / "run",
+        [
+            Snapshot(
+                10 * i,
+                {("weights", "w"): torch.ones(2, 2)},
+                scalars={f"accuracy/{j}": a for j, a in enumerate(row, start=1)},
+                tags=(f"task-{i}",),
+            )
+            for i, row in enumerate(rows, start=1)
+        ],
+    )
+    run = rs.open(path)
+    assert accuracy_matrix(run).tolist() == rows
+    frame = measure(run)
+    for metric, expected in {
+        "average_accuracy": 0.7,
+        "learning_accuracy": 0.85,
+        "forgetting": 0.3,
+        "backward_transfer": -0.3,
+        "old_task_accuracy": 0.6,
+        "last_task_accuracy": 0.8,
+    }.items():
+        assert value(frame, metric=metric) == pytest.approx(expected)
+
+
+def test_an_unfinished_sequence_is_nan_and_says_so(tmp_path):
+    path = write(
+        tmp_path / "run",
+        [
+            Snapshot(
+                5,
+                {("weights", "w"): torch.ones(2, 2)},
+                scalars={"accuracy/1": 0.9, "accuracy/2": 0.1},
+                tags=("task-1",),
+            ),
+            Snapshot(
+                8,
+                {("weights", "w"): torch.full((2, 2), math.nan)},
+                scalars={"diverged": 1.0},
+                tags=("diverged",),
+            ),
+        ],
+    )
+    frame = measure(path, metrics=["average_accuracy"])
+    assert math.isnan(frame["value"].item())
+    assert "diverged" in frame["note"].item()
+
+
+def test_pruned_accuracies_make_curves_and_their_readings(tmp_path):
+    scores = {"0.0000": 0.9, "0.9000": 0.7, "0.9500": 0.4}
+    path = write(
+        tmp_path / "run",
+        [Snapshot(1, {}, scalars={f"pruned/global/{s}": a for s, a in scores.items()})],
+    )
+    curve = sparsity_curves(rs.open(path))["global"]
+    assert curve.sparsity.tolist() == [0.0, 0.9, 0.95]
+    assert curve.score.tolist() == [0.9, 0.7, 0.4]
+    frame = measure(path)
+    assert value(frame, metric="accuracy_at_90", layer="global") == 0.7
+    assert value(frame, metric="accuracy_at_95", layer="global") == 0.4
+
+
+def test_stores_without_such_scalars_have_no_such_readings(runs):
+    run = rs.open(runs[0])
+    assert accuracy_matrix(run) is None
+    assert sparsity_curves(run) == {}
+
+
+def test_token_rows_take_the_label_of_their_example():
+    snapshot = Snapshot(0, {}, torch.tensor([4, 7]))
+    assert example_labels(snapshot, torch.ones(6, 3)).tolist() == [4, 4, 4, 7, 7, 7]
+    assert example_labels(snapshot, torch.ones(5, 3)) is None
+    assert example_labels(Snapshot(0, {}), torch.ones(5, 3)) is None
+
+
+def test_the_optimizer_is_named_by_the_user_or_by_its_class(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for name, meta in {"a": {}, "b": {"optimizer": "mine"}}.items():
+        rs.Recorder(model, tmp_path / name, optimizer=optimizer, meta=meta).close()
+    rs.Recorder(model, tmp_path / "c").close()
+    named = [optimizer_of(rs.open(tmp_path / name)) for name in "abc"]
+    assert named == ["adamw", "mine", "unknown"]
+
+
+def test_the_list_of_metrics_has_no_name_twice():
+    assert len(set(METRICS)) == len(METRICS)
