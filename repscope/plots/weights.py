@@ -36,6 +36,7 @@ def weight_histogram(
 ) -> Axes:
     """Draw how many weights have which magnitude.
 
+    Both axes are logarithmic: few weights are near zero, and they are the question.
     Weights outside the edges, exact zeros among them, are counted in the legend.
 
     Args:
@@ -81,6 +82,8 @@ def weight_histogram(
             zorder=3,
         )
     _magnitude_axis(ax, items, edges)
+    # What tells optimizers apart near zero is a share of 1e-4, not of 1e-1.
+    ax.set_yscale("log")
     ax.set_ylabel(f"{'share of weights' if normalize else 'weights'} per bin")
     finish(ax, title=title)
     return ax
@@ -109,7 +112,6 @@ def _magnitude_axis(ax: Axes, items: Mapping[str, Histogram], edges: Array) -> N
         ax.set_xlim(
             edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, len(edges) - 1)]
         )
-    ax.set_ylim(bottom=0)
     if edges[0] > 0:
         ax.set_xscale("log")
         width = f"{np.log10(edges[1] / edges[0]):.2g} decades"

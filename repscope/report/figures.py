@@ -245,7 +245,7 @@ def forgetting(groups: Groups, layer: str | None) -> Drawn:
     )
     caption = (
         "Test accuracy on each task after the last one was learned, all classes "
-        f"competing; {_seeds(groups)}."
+        f"competing; {_seeds(groups)}. A t interval knows no upper end of accuracy."
     )
     return Drawn("forgetting", "Accuracy per task", caption, fig, _frames(bands))
 

@@ -5,6 +5,6 @@ manifest, and read as a `Run`, also while it is being written.
 """
 
 from repscope.store.reader import Run, open
-from repscope.store.writer import Writer, create
+from repscope.store.writer import Writer, create, remove
 
-__all__ = ["Run", "Writer", "create", "open"]
+__all__ = ["Run", "Writer", "create", "open", "remove"]

@@ -53,6 +53,22 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
         raise
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a store that nobody is writing to, for example an interrupted one.
+
+    While another process holds its lock the store is left untouched, and `StoreLocked`
+    says who that is.
+
+    Args:
+        path: The directory of the store.
+    """
+    lock = Lock(Path(path) / "LOCK")
+    try:
+        shutil.rmtree(path)
+    finally:
+        lock.release()
+
+
 class Writer:
     """The one writer of a new store; made by `create`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +111,7 @@ def run_one(config: RunConfig, *, out: Path, data: Mapping[str, Data]) -> Finish
     if is_finished(path):
         return Finished(config, path, reused=True)
     if path.exists():
-        shutil.rmtree(path)  # ours, by its key, and interrupted
+        store.remove(path)  # ours, by its key, and interrupted
     tasks = STUDIES[config.study].tasks(data[config.data], seed=config.seed)
     session = Session(config, tasks, path)
     with session.recorder as recorder:

@@ -62,9 +62,6 @@ class Session:
         self.tasks = tasks
         self.model = mlp(config.sizes, seed=config.seed)
         self.renew_optimizer()
-        # Row order must not depend on how often an optimizer evaluates or stops,
-        # so every epoch draws from a stream that belongs to the seed alone.
-        self._order = torch.Generator().manual_seed(config.seed)
         self.recorder = Recorder(
             self.model,
             path,
@@ -90,10 +87,15 @@ class Session:
         parameters = self.model.parameters()
         self.optimizer = make(self.config.optimizer, parameters, **self.config.hyper)
 
-    def _batches(self, task: Task) -> Iterator[Tensor]:
+    def _batches(self, number: int) -> Iterator[tuple[Task, Tensor]]:
+        # A stream for each task: when an optimizer stops one early, the next task
+        # still comes in the same order for all optimizers of a seed.
+        task, seed = self.tasks[number - 1], self.config.seed
+        order = torch.Generator().manual_seed(1000 * seed + number)
         for _ in range(self.config.epochs):
-            rows = torch.randperm(len(task.y_train), generator=self._order)
-            yield from rows.split(self.config.batch_size)
+            rows = torch.randperm(len(task.y_train), generator=order)
+            for batch in rows.split(self.config.batch_size):
+                yield task, batch
 
     def _update(self, task: Task, rows: Tensor) -> Tensor:
         loss = cross_entropy(self.model(task.x_train[rows]), task.y_train[rows])
@@ -107,18 +109,17 @@ class Session:
             raise Diverged from error
         return loss.detach()
 
-    def fit(self, task: Task) -> None:
-        """Train on one task for the configured epochs."""
-        for rows in self._batches(task):
+    def fit(self, number: int) -> None:
+        """Train on one task (numbered from 1) for the configured epochs."""
+        for task, rows in self._batches(number):
             self.recorder.step(loss=self._update(task, rows))
 
-    def fit_until_stopped(self, task: Task, number: int) -> bool:
+    def fit_until_stopped(self, number: int) -> bool:
         """Train on one task, stop early, and go back to its best weights.
 
         As in the paper, the *test* accuracy of the task decides when to stop.
 
         Args:
-            task: What to learn.
             number: Its place in the sequence, from 1.
 
         Returns:
@@ -132,7 +133,7 @@ class Session:
         assert patience is not None
         best, best_weights, waited = -1.0, self.model.state_dict(), 0
         capped = True
-        for step, rows in enumerate(self._batches(task), start=1):
+        for step, (task, rows) in enumerate(self._batches(number), start=1):
             loss = self._update(task, rows)
             if step % every:
                 self.recorder.step(loss=loss)
@@ -160,16 +161,16 @@ class Session:
 
 def permuted(session: Session) -> None:
     """Learn the tasks one after the other, each to its best, optimizer renewed."""
-    for number, task in enumerate(session.tasks, start=1):
+    for number in range(1, len(session.tasks) + 1):
         session.renew_optimizer()
-        capped = session.fit_until_stopped(task, number)
+        capped = session.fit_until_stopped(number)
         session.end_task(number, **{f"capped/{number}": float(capped)})
 
 
 def pairs(session: Session) -> None:
     """Learn pairs of classes one after the other, optimizer state kept."""
-    for number, task in enumerate(session.tasks, start=1):
-        session.fit(task)
+    for number in range(1, len(session.tasks) + 1):
+        session.fit(number)
         own = {
             f"own_pair/{j}": accuracy(
                 session.model, t.x_test, t.y_test, classes=t.y_test.unique()
@@ -182,7 +183,7 @@ def pairs(session: Session) -> None:
 def sparsity(session: Session) -> None:
     """Learn everything at once, then set the smallest weights to zero."""
     (task,) = session.tasks
-    session.fit(task)
+    session.fit(1)
 
     def evaluate(model: nn.Module) -> float:
         return accuracy(model, task.x_test, task.y_test)

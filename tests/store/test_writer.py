@@ -14,6 +14,7 @@ from repscope.errors import (
     DtypeChanged,
     ShapeChanged,
     StoreExists,
+    StoreLocked,
     UnsupportedOutput,
     UsageError,
 )
@@ -306,6 +307,18 @@ def test_discard_removes_the_store(create, snapshot):
     assert not w.path.exists()
     again = store.create(w.path, meta={})
     again.close()
+
+
+def test_remove_takes_away_a_store_nobody_writes(create, snapshot):
+    w = create()
+    w.append(snapshot(0))
+    with pytest.raises(StoreLocked):
+        store.remove(w.path)
+    w.commit()
+    assert store.open(w.path).steps == [0]
+    w.close()
+    store.remove(w.path)
+    assert not w.path.exists()
 
 
 def test_abort_drops_what_is_pending(create, snapshot):

@@ -1,0 +1,57 @@
+# For type checkers: the lazy names of __init__.py, spelled out. A test keeps the
+# two equal.
+from repscope import errors as errors
+from repscope import optim as optim
+from repscope import plots as plots
+from repscope import studies as studies
+from repscope.analysis import measure as measure
+from repscope.capture import Probe as Probe
+from repscope.capture import at_steps as at_steps
+from repscope.capture import every as every
+from repscope.capture import layers as layers
+from repscope.capture import log_spaced as log_spaced
+from repscope.landscape import sparsity_curve as sparsity_curve
+from repscope.linalg import Moments as Moments
+from repscope.linalg import covariance as covariance
+from repscope.linalg import eigvalsh as eigvalsh
+from repscope.metrics.alignment import class_cosine as class_cosine
+from repscope.metrics.alignment import class_means as class_means
+from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
+from repscope.metrics.comparison import mean_interval as mean_interval
+from repscope.metrics.comparison import paired_difference as paired_difference
+from repscope.metrics.comparison import verdict as verdict
+from repscope.metrics.continual import average_accuracy as average_accuracy
+from repscope.metrics.continual import backward_transfer as backward_transfer
+from repscope.metrics.continual import forgetting as forgetting
+from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.spectra import effective_rank as effective_rank
+from repscope.metrics.spectra import (
+    explained_variance_ratio as explained_variance_ratio,
+)
+from repscope.metrics.spectra import hill_number as hill_number
+from repscope.metrics.spectra import majorizes as majorizes
+from repscope.metrics.spectra import n_components as n_components
+from repscope.metrics.spectra import n_significant as n_significant
+from repscope.metrics.spectra import participation_ratio as participation_ratio
+from repscope.metrics.spectra import power_law as power_law
+from repscope.metrics.spectra import rankme as rankme
+from repscope.metrics.spectra import spectra as spectra
+from repscope.metrics.spectra import spectrum as spectrum
+from repscope.metrics.spectra import stable_rank as stable_rank
+from repscope.metrics.spectra import weight_spectrum as weight_spectrum
+from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
+from repscope.metrics.weights import weight_histogram as weight_histogram
+from repscope.recorder import Recorder as Recorder
+from repscope.results import Band as Band
+from repscope.results import ClassCosine as ClassCosine
+from repscope.results import Histogram as Histogram
+from repscope.results import Interval as Interval
+from repscope.results import PowerLaw as PowerLaw
+from repscope.results import SparsityCurve as SparsityCurve
+from repscope.results import Spectrum as Spectrum
+from repscope.snapshot import Snapshot as Snapshot
+from repscope.store import Run as Run
+from repscope.store import open as open
+
+__version__: str
+__all__: list[str]
