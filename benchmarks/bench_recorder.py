@@ -61,7 +61,12 @@ def into_gzip(net: nn.Module, folder: Path) -> Any:
     file = h5py.File(folder / "run.h5", "w")
     sets = {
         name: file.create_dataset(
-            name, (0, 128, 512), "f4", maxshape=(None, 128, 512), compression="gzip"
+            name,
+            (0, 128, 512),
+            "f4",
+            maxshape=(None, 128, 512),
+            chunks=(1, 128, 512),  # the default would compress every chunk many times
+            compression="gzip",
         )
         for name in LAYERS
     }

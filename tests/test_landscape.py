@@ -139,6 +139,14 @@ def test_weights_already_zero_are_zeroed_first():
     assert curve.threshold.tolist() == [0, 0, 2]
 
 
+def test_a_tensor_of_zeros_is_zeroed_first_when_balanced(model):
+    nn.init.zeros_(model[2].weight)
+    curve, seen = collect(model, levels=[45 / 99, 46 / 99], scope="balanced")
+    np.testing.assert_array_equal(seen[0][0], weights(model)[0])
+    assert (seen[1][0] == 0).sum() == 1
+    assert curve.sparsity.tolist() == [45 / 99, 46 / 99]
+
+
 def test_only_tensors_of_two_dimensions_or_more_take_part():
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten())
 

@@ -35,7 +35,9 @@ def info(arguments: argparse.Namespace) -> None:
         [target, layer, " x ".join(map(str, run.shapes[target, layer])) or "scalar"]
         for target, layer in run.streams
     ]
-    print(text_table(["target", "layer", "shape (last record)"], rows))
+    print(
+        text_table(["target", "layer", "shape of the last record"], rows, align="lll")
+    )
     if last:
         rows = [[str(name), f"{v:.6g}", str(step)] for name, (step, v) in last.items()]
         print("\n" + text_table(["scalar", "last value", "at step"], rows))
@@ -71,6 +73,8 @@ def _tags(run: store.Run) -> str:
 
 def metrics(arguments: argparse.Namespace) -> None:
     """Print a table of metrics."""
+    from pandas.api.types import is_numeric_dtype
+
     from repscope.analysis import measure
 
     frame = measure(arguments.stores, metrics=arguments.metric, layers=arguments.layers)
@@ -84,7 +88,9 @@ def metrics(arguments: argparse.Namespace) -> None:
     elif arguments.format == "json":
         print(frame.to_json(orient="records", indent=2))
     else:
-        print(text_table(list(frame.columns), _cells(frame)))
+        numbers = frame.dtypes.map(is_numeric_dtype)
+        sides = "".join("r" if number else "l" for number in numbers)
+        print(text_table(list(frame.columns), _cells(frame), align=sides))
 
 
 def _cells(frame: pd.DataFrame) -> list[list[str]]:

@@ -110,6 +110,15 @@ def test_zero_samples_are_excluded_from_pairs_and_counted():
     assert found.matrix[2].isnan().all()
 
 
+def test_pairs_of_single_sample_classes_are_their_cosines():
+    X = torch.randn(20, 5)
+    found = rs.class_cosine(X, range(20), of="pairs").matrix
+    off = ~torch.eye(20, dtype=torch.bool)
+    expected = rs.class_cosine(X, range(20)).matrix
+    torch.testing.assert_close(found[off], expected[off])
+    assert found.diagonal().isnan().all()
+
+
 def test_single_sample_classes_and_gaps_between_labels_are_fine():
     found = rs.class_cosine(torch.eye(3), [-5, 0, 70])
     assert found.classes.tolist() == [-5, 0, 70]

@@ -93,6 +93,7 @@ def test_twenty_seeds_are_exact_and_beyond_forty_there_is_no_p():
     assert found.p_value == found.p_min == 2 / 2**20
     d[0] = -1
     assert rs.paired_difference(d, [0] * 20).p_value == 4 / 2**20
+    assert rs.paired_difference([1] * 40, [0] * 40).p_value == 2 / 2**40
     many = rs.paired_difference(range(41), [0] * 41)
     assert (many.p_value, many.p_min) == (None, None)
     assert many.method.endswith("no p above 40 seeds")

@@ -51,6 +51,7 @@ def test_a_single_task_has_nothing_to_forget():
         assert math.isnan(found) == (
             name not in {"average_accuracy", "learning_accuracy", "last_task_accuracy"}
         )
+        assert metric(torch.rand(4, 1, 1)).shape == (4,)
 
 
 @pytest.mark.parametrize("metric", CONTINUAL_METRICS.values(), ids=CONTINUAL_METRICS)
