@@ -128,7 +128,7 @@ HEADLINE = (
         "hidden2 after its ReLU, on all test inputs, at the end",
     ),
     Quantity(
-        "90 % sparse acc. %",
+        "acc. % at 90 % sparse",
         "sparsity",
         "accuracy_at_90",
         "global",
@@ -137,7 +137,7 @@ HEADLINE = (
         "test accuracy with the smallest 90 % of all weights set to zero at once",
     ),
     Quantity(
-        "95 % sparse acc. %",
+        "acc. % at 95 % sparse",
         "sparsity",
         "accuracy_at_95",
         "global",
@@ -177,7 +177,7 @@ FURTHER = (
         "more than that",
     ),
     Quantity(
-        "95 % sparse, balanced",
+        "acc. % at 95 %, balanced",
         "sparsity",
         "accuracy_at_95",
         "balanced",
