@@ -177,18 +177,20 @@ def sparsity_curves(run: Run) -> dict[str, SparsityCurve]:
     return curves
 
 
-def example_labels(snapshot: Snapshot, rows: Tensor) -> Tensor | None:
+def example_labels(run: Run, snapshot: Snapshot, layer: str) -> Tensor | None:
     """Return one label a row: token rows take the label of their example.
 
     Args:
-        snapshot: Where the labels are.
-        rows: Activations ``(n_rows, n_features)``; a multiple of the labels.
+        run: Its ``meta["unlabelled"]`` names streams whose rows are in another order.
+        snapshot: Where the rows and the labels are.
+        layer: The stream of outputs.
 
     Returns:
-        Labels ``(n_rows,)``, or ``None`` when there are none or they do not fit.
+        Labels ``(n_rows,)``, or ``None`` when there are none that belong to the rows.
     """
-    y = snapshot.labels
-    if y is None or len(y) == 0 or len(rows) % len(y):
+    y, rows = snapshot.labels, snapshot.streams["outputs", layer]
+    known = layer not in run.meta.get("unlabelled", ())
+    if not known or y is None or len(y) == 0 or len(rows) % len(y):
         return None
     return y.repeat_interleave(len(rows) // len(y))
 
@@ -230,7 +232,8 @@ def _streams(run: Run, layers: str) -> Iterator[tuple[Row, Tensor, Tensor | None
                 "n_samples": len(X) if target != "weights" else 0,
                 "note": note,
             }
-            yield base, X, example_labels(snapshot, X)
+            labelled = target == "outputs"
+            yield base, X, example_labels(run, snapshot, layer) if labelled else None
 
 
 def _base(run: Run) -> Row:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
+import os
 import platform
 import warnings
 import weakref
@@ -17,11 +19,19 @@ from torch import Tensor, nn
 
 from repscope import __version__, store
 from repscope._checks import as_labels
-from repscope.capture import TARGETS, Probe, Schedule, Taps, as_schedule, select
+from repscope.capture import (
+    TARGETS,
+    Probe,
+    Schedule,
+    Taken,
+    Taps,
+    as_schedule,
+    select,
+)
 from repscope.capture.probe import as_probe
 from repscope.capture.selection import LayerSpec
 from repscope.capture.targets import check_targets
-from repscope.errors import ClosedStore, RepScopeWarning, UsageError
+from repscope.errors import CaptureError, ClosedStore, RepScopeWarning, UsageError
 from repscope.optim import describe
 from repscope.snapshot import Snapshot, StreamKey
 
@@ -42,6 +52,13 @@ class Recorder:
       micro-batches of one step become more rows.
     * ``weights`` are those after ``k`` updates. A live run of ``n`` updates therefore
       ends with outputs at ``n - 1`` and weights at ``n``.
+
+    Rows: ``(N, D)`` as they are; maps of convolutions ``(N, C, *S)`` averaged over
+    space, and what follows them in the same shape likewise; other ``(N, *T, D)`` as
+    tokens, one row each. Labels are one per example, and a token takes that of its
+    example. Time-first outputs are turned around where the batch size shows; rows that
+    do not follow the examples are recorded without labels and named in the store's
+    ``meta["unlabelled"]``.
 
     Args:
         model: Any module; it is only weakly referenced.
@@ -112,6 +129,8 @@ class Recorder:
 
         self.error: Exception | None = None
         self.step_number = 0
+        self._due_now = True
+        self._unlabelled: set[str] = set()
         self._model = weakref.ref(model)
         self._checked = not chosen
         self._closed = False
@@ -130,6 +149,13 @@ class Recorder:
             self._taps.detach()
             self._writer.discard()
             raise
+        # Runs when the recorder is dropped or the program ends without close(). Not by
+        # its own atexit flag: that would come after HDF5 has shut itself down.
+        self._finalizer = weakref.finalize(
+            self, _close_abandoned, self._taps, self._writer, os.getpid()
+        )
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def _describe(
         self, chosen: list[Any], optimizer: torch.optim.Optimizer | None
@@ -178,8 +204,8 @@ class Recorder:
             return
         try:
             self._finish_forward(before, loss, labels)
-            due = self._due(self.step_number)
-            streams, y = self._look() if due else ({}, None)
+            self._due_now = self._due(self.step_number)  # asked once a step
+            streams, y = self._look() if self._due_now else ({}, None)
             if streams or scalars:
                 self._writer.append(
                     Snapshot(self.step_number, streams, y, _detached(scalars))
@@ -238,6 +264,8 @@ class Recorder:
         self._taps.detach()
         self._writer.close()  # may raise on a full disk: then close() can be retried
         self._closed = True
+        self._finalizer.detach()
+        atexit.unregister(self._finalizer)
         if self.error is not None:
             raise self.error
 
@@ -262,17 +290,25 @@ class Recorder:
 
     # -- one step -------------------------------------------------------------
     def _look(self) -> tuple[dict[StreamKey, Tensor], Tensor | None]:
-        """Return what the probe and the model's state show right now."""
+        """Return what the probe and the model's state show right now.
+
+        Raises:
+            CaptureError: If the model was deleted.
+        """
         model = self._model()
-        assert model is not None, "the recorded model was deleted"
+        if model is None:
+            raise CaptureError(
+                "the recorded model no longer exists; close() the recorder before "
+                "deleting it"
+            )
         streams: dict[StreamKey, Tensor] = {}
         probe = self._probe
         if probe is not None and "outputs" in self._targets:
             with self._taps.collecting():
-                probe.run(model)
-            rows = self._taps.drain()
+                probe.run(model, before=self._taps.begin)
+                taken = self._taps.drain()
             self._check_fired()
-            streams |= {("outputs", name): value for name, value in rows.items()}
+            streams |= self._outputs(taken)
         for target in self._targets:
             reader = TARGETS[target]
             if reader is not None:
@@ -281,36 +317,33 @@ class Recorder:
 
     def _follow(self) -> None:
         live = self._probe is None and "outputs" in self._targets
-        self._taps.follow_training(live and self._due(self.step_number))
+        self._taps.follow_training(live and self._due_now)
 
     def _finish_forward(
         self, step: int, loss: Tensor | float | None, labels: Any
     ) -> None:
         """Record what the training forward at ``step`` left in the hooks."""
-        rows: dict[str, Tensor] = {}
+        streams: dict[StreamKey, Tensor] = {}
         y: Tensor | None = None
         if self._probe is None:
             watched = self._taps.on
-            rows = self._taps.drain()
+            taken = self._taps.drain()
             if watched:
                 self._check_fired()
-            if rows and labels is not None:
-                n_samples = self._n_examples(rows, len(labels))
-                y = as_labels(labels, n_samples=n_samples, device=torch.device("cpu"))
+            streams = self._outputs(taken)
+            if streams and labels is not None:
+                n, cpu = taken.n_examples, torch.device("cpu")
+                y = as_labels(labels, n_samples=n, device=cpu)
         scalars = {} if loss is None else _detached({"loss": loss})
-        if rows or scalars:
-            streams = {("outputs", name): value for name, value in rows.items()}
+        if streams or scalars:
             self._writer.append(Snapshot(step, streams, y, scalars))
 
-    @staticmethod
-    def _n_examples(rows: dict[str, Tensor], n_labels: int) -> int:
-        """Return how many examples the rows stand for.
-
-        Tokens give several rows an example, so a multiple of the labels is fine.
-        """
-        counts = {len(value) for value in rows.values()}
-        whole = [count for count in counts if n_labels and count % n_labels == 0]
-        return n_labels if whole else min(counts)
+    def _outputs(self, taken: Taken) -> dict[StreamKey, Tensor]:
+        """Return the streams; name those that the labels do not belong to."""
+        if not taken.unlabelled <= self._unlabelled:
+            self._unlabelled |= taken.unlabelled
+            self._writer.annotate(unlabelled=sorted(self._unlabelled))
+        return {("outputs", name): value for name, value in taken.rows.items()}
 
     def _check_fired(self) -> None:
         if self._checked:
@@ -339,6 +372,20 @@ class Recorder:
             RepScopeWarning,
             stacklevel=3,
         )
+
+
+def _close_abandoned(taps: Taps, writer: store.Writer, pid: int) -> None:
+    if os.getpid() != pid:  # a forked child inherits the object, not the run
+        return
+    taps.detach()
+    writer.annotate(interrupted="never closed")
+    writer.close()
+    warnings.warn(
+        f"the recorder at {writer.path} was never closed; what it had was saved now. "
+        f"Use it as `with rs.Recorder(...) as rec:`, or call close()",
+        RepScopeWarning,
+        stacklevel=2,
+    )
 
 
 def _detached(scalars: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:

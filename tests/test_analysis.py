@@ -249,11 +249,18 @@ def test_stores_without_such_scalars_have_no_such_readings(runs):
     assert sparsity_curves(run) == {}
 
 
-def test_token_rows_take_the_label_of_their_example():
-    snapshot = Snapshot(0, {}, torch.tensor([4, 7]))
-    assert example_labels(snapshot, torch.ones(6, 3)).tolist() == [4, 4, 4, 7, 7, 7]
-    assert example_labels(snapshot, torch.ones(5, 3)) is None
-    assert example_labels(Snapshot(0, {}), torch.ones(5, 3)) is None
+def test_token_rows_take_the_label_of_their_example(tmp_path):
+    streams = {
+        ("outputs", "tokens"): torch.ones(6, 3),
+        ("outputs", "odd"): torch.ones(5, 3),
+        ("outputs", "time_first"): torch.ones(6, 3),
+    }
+    snapshot = Snapshot(0, streams, torch.tensor([4, 7]))
+    run = rs.open(write(tmp_path / "run", [snapshot], unlabelled=["time_first"]))
+    assert example_labels(run, snapshot, "tokens").tolist() == [4, 4, 4, 7, 7, 7]
+    assert example_labels(run, snapshot, "odd") is None
+    assert example_labels(run, snapshot, "time_first") is None
+    assert example_labels(run, Snapshot(0, streams), "tokens") is None
 
 
 def test_the_optimizer_is_named_by_the_user_or_by_its_class(tmp_path):

@@ -1,8 +1,11 @@
 """The recorder changes nothing, misses nothing silently and leaves nothing behind."""
 
 import copy
+import gc
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -186,6 +189,124 @@ def test_capture_now_records_under_a_tag(tmp_path):
     assert run.scalars()["accuracy"].dropna().to_dict() == {5: 0.75}
 
 
+def test_a_schedule_is_asked_once_a_step(tmp_path):
+    asked = []
+    model = plain_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with rs.Recorder(
+        model, tmp_path / "run", every=lambda step: asked.append(step) or step % 2
+    ) as recorder:
+        train(model, optimizer, recorder, steps=4)
+    assert asked == [1, 2, 3, 4]
+    assert rs.open(tmp_path / "run").steps == [0, 1, 3]
+
+
+# -- labels -------------------------------------------------------------------
+@pytest.mark.parametrize("n_labels", [12, 48])
+def test_labels_of_another_number_than_the_examples_are_refused(tmp_path, n_labels):
+    model, (x, _) = plain_net(), data()  # 24 examples
+    recorder = rs.Recorder(model, tmp_path / "run", every=1, on_error="raise")
+    model(x)
+    with pytest.raises(errors.LabelMismatch, match=r"\(24,\)"):
+        recorder.step(labels=torch.zeros(n_labels, dtype=torch.long))
+    with pytest.raises(errors.LabelMismatch):
+        recorder.close()
+
+
+def test_a_second_view_of_the_batch_needs_labels_of_its_own(tmp_path):
+    model, (x, y) = plain_net(), data(6)
+    recorder = rs.Recorder(model, tmp_path / "run", every=1, on_error="raise")
+    model(x)
+    model(x)
+    with pytest.raises(errors.LabelMismatch, match=r"\(12,\)"):
+        recorder.step(labels=y)
+    with pytest.raises(errors.LabelMismatch):
+        recorder.close()
+
+
+def test_a_forward_that_raised_leaves_no_rows_behind(tmp_path):
+    class Fragile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.out_of_memory = True
+
+        def forward(self, x):
+            h = self.fc(x)
+            if self.out_of_memory:
+                raise RuntimeError("out of memory")
+            return h
+
+    model, (x, y) = Fragile(), data(6)
+    with rs.Recorder(model, tmp_path / "run", every=1) as recorder:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x)
+        model.out_of_memory = False
+        model(x)
+        recorder.step(labels=y)
+    run = rs.open(tmp_path / "run")
+    assert torch.equal(run.read("fc", 0), model.fc(x))
+    assert torch.equal(run.labels(0), y)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+        self.memory = nn.LSTM(4, 5, num_layers=2)
+        self.pool = Pool()
+
+    def forward(self, x):  # (n, time, features)
+        h = self.mix(x.transpose(0, 1))
+        h, _ = self.memory(h)
+        return self.pool(h)
+
+
+class Pool(nn.Module):
+    def forward(self, h):
+        return h.sum(1)  # (time, features): rows are no examples
+
+
+def test_rows_follow_the_examples_or_get_no_labels(tmp_path):
+    model, n, time = TimeFirst(), 6, 4
+    x, y = torch.randn(n, time, 4), torch.arange(n) % 2
+    with rs.Recorder(model, tmp_path / "run", probe=(x, y)):
+        pass
+    run = rs.open(tmp_path / "run")
+    assert torch.equal(run.read("mix"), model.mix(x).flatten(0, 1))
+    hidden, (last, _) = model.memory(model.mix(x).transpose(0, 1))
+    expected = hidden.transpose(0, 1).flatten(0, 1)
+    torch.testing.assert_close(run.read("memory:[0]"), expected)
+    torch.testing.assert_close(
+        run.read("memory:[1][0]"), last.transpose(0, 1).flatten(0, 1)
+    )
+    assert run.meta["unlabelled"] == ["pool"]
+    frame = rs.measure(run, metrics=["class_cosine"])
+    assert "pool" not in set(frame["layer"])
+    assert "mix" in set(frame["layer"])
+
+
+def test_a_convolution_and_what_follows_it_are_read_alike(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    with rs.Recorder(model, tmp_path / "run", probe=torch.randn(5, 1, 10)):
+        pass
+    shapes = rs.open(tmp_path / "run").shapes
+    assert [shapes["outputs", str(i)] for i in range(4)] == [
+        (5, 6), (5, 6), (5, 48), (5, 2),
+    ]  # fmt: skip
+
+
+def test_chunks_of_a_probe_are_one_stream_whatever_part_they_call(tmp_path):
+    model, (x, y) = plain_net(), data(6)
+    probe = rs.Probe(x, labels=y, batch_size=4, forward=lambda m, part: m[0](part))
+    with rs.Recorder(model, tmp_path / "run", layers="0", probe=probe):
+        pass
+    run = rs.open(tmp_path / "run")
+    assert run.layers == ["0"]
+    assert torch.equal(run.read("0"), model[0](x))
+    assert torch.equal(run.labels(), y)
+
+
 # -- streams ------------------------------------------------------------------
 def test_repeated_calls_and_structured_outputs_get_names_of_their_own(tmp_path):
     class Twice(nn.Module):
@@ -324,6 +445,74 @@ def test_copies_and_pickles_of_a_recorded_model_are_inert(tmp_path):
         recorder.step()
     rows = rs.open(tmp_path / "run").read("0", 0)
     assert len(rows) == 2 * len(x)  # the two forwards of the model itself
+
+
+def test_an_interrupted_probe_leaves_no_rows_for_the_next(tmp_path):
+    class Stop(nn.Module):
+        stop = False
+
+        def forward(self, x):
+            if self.stop:
+                raise KeyboardInterrupt
+            return x
+
+    model, (x, y) = nn.Sequential(nn.Linear(4, 3), Stop()), data(6)
+    with rs.Recorder(model, tmp_path / "run", probe=(x, y), every=1) as recorder:
+        model[1].stop = True
+        with pytest.raises(KeyboardInterrupt):
+            recorder.step()
+        model[1].stop = False
+        recorder.step()
+    assert rs.open(tmp_path / "run").read("0", 2).shape == (6, 3)
+
+
+def test_a_recorder_that_is_never_closed_saves_what_it_has_and_says_so(tmp_path):
+    model = plain_net()
+    recorder = rs.Recorder(model, tmp_path / "run", probe=data(6), every=1)
+    recorder.step()
+    with pytest.warns(errors.RepScopeWarning, match="never closed"):
+        del recorder
+    assert n_hooks(model) == 0
+    run = rs.open(tmp_path / "run")
+    assert run.steps == [0, 1]
+    assert run.meta["interrupted"] == "never closed"
+    rs.Recorder(model, tmp_path / "next").close()  # the model is free again
+
+
+def test_the_end_of_the_program_closes_a_forgotten_recorder(tmp_path):
+    code = f"""
+import torch, repscope as rs
+model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+x = torch.ones(5, 4)
+recorder = rs.Recorder(model, {str(tmp_path / "run")!r}, probe=x, every=1)
+recorder.step(loss=1.0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "never closed" in done.stderr
+    assert rs.open(tmp_path / "run").steps == [0, 1]
+
+
+def test_a_deleted_model_is_named(tmp_path):
+    model = plain_net()
+    recorder = rs.Recorder(model, tmp_path / "run", probe=data(6), every=1)
+    del model
+    gc.collect()
+    with pytest.warns(errors.RepScopeWarning, match="no longer exists"):
+        recorder.step()
+    with pytest.raises(errors.CaptureError):
+        recorder.close()
+
+
+def test_a_relative_path_survives_a_change_of_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = plain_net()
+    with rs.Recorder(model, "runs/a", probe=data(6), every=1) as recorder:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        recorder.step()
+    assert rs.open(tmp_path / "runs" / "a").steps == [0, 1]
 
 
 # -- layers that never run ----------------------------------------------------

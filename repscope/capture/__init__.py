@@ -1,8 +1,7 @@
 """Copy hidden state out of a model: which layers, when, on what inputs."""
 
-from repscope.capture.hooks import Taps
+from repscope.capture.hooks import Taken, Taps
 from repscope.capture.probe import Probe
-from repscope.capture.rows import to_rows
 from repscope.capture.schedules import (
     Schedule,
     as_schedule,
@@ -18,6 +17,7 @@ __all__ = [
     "Probe",
     "Schedule",
     "Selected",
+    "Taken",
     "Taps",
     "as_schedule",
     "at_steps",
@@ -25,5 +25,4 @@ __all__ = [
     "layers",
     "log_spaced",
     "select",
-    "to_rows",
 ]

@@ -4,18 +4,88 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from repscope.capture.rows import concatenate, leaves, to_rows
+from repscope.capture.rows import concatenate, has_channels_first, leaves, to_rows
 from repscope.capture.selection import Selected, named_modules
 from repscope.errors import AlreadyAttached, LayerNeverFired
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the hooks copied since they were last asked.
+
+    Attributes:
+        rows: Stream name -> rows ``(n_rows, n_features)`` on the CPU.
+        n_examples: Examples that went through the model.
+        unlabelled: Streams whose rows do not follow the order of the examples.
+    """
+
+    rows: Mapping[str, Tensor]
+    n_examples: int
+    unlabelled: frozenset[str]
+
+
+@dataclass
+class _Forward:
+    """One forward of the whole model (or calls of its parts, when ``n`` is unknown)."""
+
+    n: int | None
+    by_root: bool = False
+    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    maps: set[torch.Size] = field(default_factory=set)
+    unlabelled: set[str] = field(default_factory=set)
+
+    @property
+    def n_examples(self) -> int:
+        return next(iter(self.seen.values()), 0) if self.n is None else self.n
+
+    def take(self, layer: str, module: nn.Module, output: object) -> None:
+        call = self.calls[layer]
+        self.calls[layer] += 1
+        stream = f"{layer}@{call}" if call else layer
+        for path, leaf in leaves(output, layer=layer):
+            name = f"{stream}:{path}" if path else stream
+            value, ordered = _examples_first(leaf.detach(), module, self.n)
+            first = has_channels_first(value, module, maps=self.maps)
+            rows = to_rows(value, channels_first=first)
+            self.rows[name].append(_own(rows, leaf))
+            self.seen[name] += len(value) if value.ndim else 1
+            if not ordered:
+                self.unlabelled.add(name)
+
+
+def _examples_first(
+    leaf: Tensor, module: nn.Module, n: int | None
+) -> tuple[Tensor, bool]:
+    """Return the value with examples along its first dimension, and whether they are.
+
+    Sequence modules put time first unless told otherwise (``batch_first``), and the
+    final states of recurrent ones put their layers first.
+    """
+    if n is None or leaf.ndim == 0:
+        return leaf, True
+    time_first = getattr(module, "batch_first", None) is False
+    second = leaf.ndim == 3 and leaf.shape[1] == n
+    if second and (time_first or leaf.shape[0] != n):
+        return leaf.transpose(0, 1), True
+    return leaf, leaf.shape[0] == n
+
+
+def _own(rows: Tensor, leaf: Tensor) -> Tensor:
+    """Return ``rows`` in memory of their own: an in-place layer may follow."""
+    shared = rows.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    return rows.clone() if shared else rows
 
 
 def _inert(*_: object) -> None:
@@ -29,7 +99,7 @@ def _stand_in() -> object:
 class _Hook:
     """A forward hook on one layer: returns at once unless capture is on."""
 
-    def __init__(self, taps: Taps, layer: str) -> None:
+    def __init__(self, taps: Taps, layer: str = "") -> None:
         self.taps = taps
         self.layer = layer
 
@@ -44,6 +114,30 @@ class _Hook:
 
     def __reduce__(self) -> tuple[object, tuple[()]]:
         return _stand_in, ()
+
+
+class _Witness(_Hook):
+    """Notes that a container ran; removed after the first captured step."""
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if self.taps.on:
+            self.taps._ran.add(self.layer)
+
+
+class _Begin(_Hook):
+    """Runs before each forward of the whole model."""
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        if self.taps.on:
+            self.taps._root_begins(args, kwargs)
+
+
+class _End(_Hook):
+    """Runs after each forward of the whole model that did not raise."""
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if self.taps.on:
+            self.taps._root_ends()
 
 
 class Taps:
@@ -68,20 +162,22 @@ class Taps:
         self.error: Exception | None = None
         self._model = weakref.ref(model)
         self._chosen = {item.name: item for item in chosen}
-        self._taken: dict[str, list[Tensor]] = defaultdict(list)
-        self._calls: dict[str, int] = defaultdict(int)
+        self._done: list[_Forward] = []
+        self._open: _Forward | None = None
         self._ran: set[str] = set()
         self._handles = self._attach(model)
         self._witnesses = self._watch_parents(model)
         _attached.add(model)
 
     def _attach(self, model: nn.Module) -> list[RemovableHandle]:
-        # Call indices start again with every forward of the whole model, so that a
-        # second micro-batch is more rows and a second call is another stream.
-        handles = [model.register_forward_pre_hook(_Restart(self))]
-        for name, item in self._chosen.items():
-            handles.append(item.module.register_forward_hook(_Hook(self, name)))
-        return handles
+        return [
+            model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
+            *(
+                item.module.register_forward_hook(_Hook(self, name))
+                for name, item in self._chosen.items()
+            ),
+            model.register_forward_hook(_End(self)),
+        ]
 
     def _watch_parents(self, model: nn.Module) -> list[RemovableHandle]:
         parents = {
@@ -95,17 +191,15 @@ class Taps:
             if name in parents
         ]
 
+    # -- called by the hooks --------------------------------------------------
     def _take(self, layer: str, module: nn.Module, output: object) -> None:
         if self.training_only and not self._is_training():
             return
         self._ran.add(layer)
-        call = self._calls[layer]
-        self._calls[layer] += 1
-        stream = f"{layer}@{call}" if call else layer
+        if self._open is None:
+            self._open = _Forward(n=None)
         try:
-            for path, leaf in leaves(output, layer=layer):
-                name = f"{stream}:{path}" if path else stream
-                self._taken[name].append(_copy(to_rows(leaf.detach(), module), leaf))
+            self._open.take(layer, module, output)
         except Exception as error:  # noqa: BLE001 - a hook must never break a forward
             self.error = self.error or error
             self.on = False
@@ -115,33 +209,72 @@ class Taps:
         model = self._model()
         return model is not None and model.training and torch.is_grad_enabled()
 
+    def _root_begins(self, args: object, kwargs: object) -> None:
+        if self.training_only and self._is_training():
+            self._settle()
+            self._open = _Forward(n=_n_examples(args, kwargs), by_root=True)
+
+    def _root_ends(self) -> None:
+        if self.training_only and not self._is_training():
+            return
+        if self._open is not None and self._open.by_root:
+            self._done.append(self._open)
+            self._open = None
+
+    def _settle(self) -> None:
+        """End the open forward; one of the whole model that never ended had raised."""
+        if self._open is not None and not self._open.by_root:
+            self._done.append(self._open)
+        self._open = None
+
+    # -- called by the recorder -----------------------------------------------
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Copy every forward inside the block, whatever mode the model is in."""
         before = self.on, self.training_only
-        self._calls.clear()
+        self.forget()
         self.on, self.training_only = True, False
         try:
             yield
+        except BaseException:
+            self.forget()
+            raise
         finally:
             self.on, self.training_only = before
 
+    def begin(self, n: int) -> None:
+        """Say that a forward of ``n`` examples comes next, whichever part it calls."""
+        self._settle()
+        self._open = _Forward(n=n)
+
     def follow_training(self, due: bool) -> None:
         """Copy (or stop copying) the training forwards that come next."""
-        self._calls.clear()
         self.on, self.training_only = due and self.error is None, True
 
-    def drain(self) -> dict[str, Tensor]:
-        """Return the rows copied since the last drain, one tensor a stream.
+    def forget(self) -> None:
+        """Drop what was copied."""
+        self._done, self._open = [], None
+
+    def drain(self) -> Taken:
+        """Return what was copied since the last drain, and keep nothing.
 
         Raises:
             Exception: The first error a hook met.
         """  # noqa: DOC502 - re-raised as it was
-        taken, self._taken = self._taken, defaultdict(list)
-        self._calls.clear()
+        self._settle()
+        done = self._done
+        self.forget()
         if self.error is not None:
             raise self.error
-        return {name: concatenate(parts) for name, parts in taken.items()}
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for forward in done:
+            for name, rows in forward.rows.items():
+                parts[name] += rows
+        return Taken(
+            {name: concatenate(rows) for name, rows in parts.items()},
+            sum(forward.n_examples for forward in done),
+            frozenset().union(*(forward.unlabelled for forward in done)),
+        )
 
     def check_fired(self) -> list[str]:
         """Return the glob-selected layers that have not run; refuse exact ones.
@@ -183,8 +316,9 @@ class Taps:
         )
 
     def detach(self) -> None:
-        """Remove every hook; safe to call twice."""
+        """Remove every hook and drop what was copied; safe to call twice."""
         self.on = False
+        self.forget()
         for handle in [*self._handles, *self._witnesses]:
             handle.remove()
         model = self._model()
@@ -192,26 +326,10 @@ class Taps:
             _attached.discard(model)
 
 
-def _copy(rows: Tensor, leaf: Tensor) -> Tensor:
-    """Return ``rows`` in memory of their own: an in-place layer may follow."""
-    shared = rows.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
-    return rows.clone() if shared else rows
-
-
-class _Witness(_Hook):
-    """Notes that a container ran; removed after the first captured step."""
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if self.taps.on:
-            self.taps._ran.add(self.layer)
-
-
-class _Restart(_Hook):
-    """Starts the call indices of a forward of the whole model at zero."""
-
-    def __init__(self, taps: Taps) -> None:
-        super().__init__(taps, "")
-
-    def __call__(self, module: nn.Module, args: object, output: object = None) -> None:
-        if self.taps.on:
-            self.taps._calls.clear()
+def _n_examples(args: object, kwargs: object) -> int | None:
+    """Return the length of the first tensor a model was called with."""
+    given = [*args] if isinstance(args, tuple) else []
+    given += kwargs.values() if isinstance(kwargs, dict) else []
+    tensors = (v for v in given if isinstance(v, Tensor) and v.ndim)
+    first = next(tensors, None)
+    return None if first is None else len(first)

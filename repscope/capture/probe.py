@@ -54,7 +54,8 @@ class Probe:
             )
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
-        self.inputs = inputs
+        # A copy: the batch stays fixed whatever the caller does with his tensors.
+        self.inputs = _slice(inputs, 0, None)
         self.n_samples = lengths.pop()
         self.labels = (
             None
@@ -64,20 +65,26 @@ class Probe:
         self.batch_size = batch_size or max(self.n_samples, 1)
         self.forward = forward or _call
 
-    def run(self, model: nn.Module) -> None:
+    def run(
+        self, model: nn.Module, *, before: Callable[[int], None] = lambda n: None
+    ) -> None:
         """Run the batch in eval mode without gradients, and restore everything.
 
-        Training flags, buffers and the random state of every device are afterwards
-        what they were, also when the forward raises.
+        Training flags, buffers and the global random state of Python, numpy and every
+        device are afterwards what they were, also when the forward raises. What a
+        model keeps elsewhere (a ``torch.Generator`` of its own, plain attributes) is
+        not known here and stays as its forward left it.
 
         Args:
             model: The model; its hooks see the forward.
+            before: Called with the number of rows before each forward.
         """
         with untouched(model), torch.no_grad():
             model.eval()
             for start in range(0, self.n_samples, self.batch_size):
-                chunk = _slice(self.inputs, start, start + self.batch_size)
-                self.forward(model, chunk)
+                stop = min(start + self.batch_size, self.n_samples)
+                before(stop - start)
+                self.forward(model, _slice(self.inputs, start, stop))
 
     @property
     def sha256(self) -> str:
@@ -127,10 +134,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     # Some models draw from Python's or numpy's global generator in their forward.
@@ -148,6 +154,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for module, name, buffer, saved in buffers:
                     module._buffers[name] = buffer
                     # Writing equal bytes would still bump the version counter.
+                    if buffer is None or saved is None:
+                        continue
                     if not _same_bits(buffer, saved):
                         buffer.copy_(saved)
 
@@ -175,12 +183,16 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _slice(inputs: Inputs, start: int, stop: int) -> Inputs:
+def _slice(inputs: Inputs, start: int, stop: int | None) -> Inputs:
+    """Return some rows as tensors of their own: a model may work in place."""
+
     def cut(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value[start:stop].detach().clone()
+        return value
 
     if isinstance(inputs, Tensor):
-        return inputs[start:stop]
+        return inputs[start:stop].detach().clone()
     if isinstance(inputs, Mapping):
         return {key: cut(value) for key, value in inputs.items()}
     return tuple(cut(value) for value in inputs)

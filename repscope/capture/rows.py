@@ -20,6 +20,8 @@ _CHANNELS_FIRST = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
+# ... and outputs of these have features last, whatever their dimensions.
+_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
 def leaves(
@@ -29,7 +31,7 @@ def leaves(
 
     A plain tensor has the path ``""``; a dict entry ``h`` has ``h``; the first entry
     of a tuple in it ``h[0]``. ``None`` and tensors without floating values (masks,
-    token ids) are passed over.
+    token ids), plain numbers and text are passed over.
 
     Args:
         value: What the module returned.
@@ -42,9 +44,14 @@ def leaves(
     Raises:
         UnsupportedOutput: If a value of another type is met.
     """
-    if value is None:
+    if value is None or isinstance(value, bool | int | float | str | bytes):
         return
     if isinstance(value, Tensor):
+        if value.is_nested:
+            raise UnsupportedOutput(
+                f"layer {layer!r} returned a nested tensor, whose rows differ in "
+                f"length; record a layer before it, or run without a padding mask"
+            )
         if value.is_floating_point():
             yield path, value
     elif isinstance(value, Mapping):
@@ -64,35 +71,57 @@ def leaves(
         )
 
 
-def to_rows(value: Tensor, module: nn.Module) -> Tensor:
-    """Return ``value`` as rows ``(n_samples, n_features)``.
-
-    ``(N, D)`` stays as it is; ``(N, C, *S)`` maps of convolutions, norms and pools
-    (and anything with more than three dimensions) are averaged over space ``S``;
-    other ``(N, T, D)`` values are tokens, one row each; ``(N,)`` becomes one column.
+def has_channels_first(
+    value: Tensor, module: nn.Module, *, maps: set[torch.Size]
+) -> bool:
+    """Return whether ``value`` is a map ``(N, C, *S)`` rather than tokens.
 
     Args:
         value: One output tensor of a layer.
-        module: The layer, which decides how three dimensions are read.
+        module: The layer.
+        maps: Shapes of the maps met so far in this forward; gets this one.
+
+    Returns:
+        True for outputs of convolutions, their norms and pools; for what has the shape
+        of such an output earlier in the forward (a ReLU after a ``Conv1d``); and for
+        anything of more than three dimensions; never after a layer with features last.
+    """
+    if value.ndim < 3 or isinstance(module, _FEATURES_LAST):
+        return False
+    known = isinstance(module, _CHANNELS_FIRST) or value.shape in maps
+    if known:
+        maps.add(value.shape)
+    return known or value.ndim > 3
+
+
+def to_rows(value: Tensor, *, channels_first: bool) -> Tensor:
+    """Return ``value`` as rows ``(n_samples, n_features)``.
+
+    ``(N, D)`` stays as it is; maps ``(N, C, *S)`` are averaged over space ``S``; other
+    values ``(N, *T, D)`` are tokens, one row each; ``(N,)`` becomes one column.
+
+    Args:
+        value: One output tensor of a layer.
+        channels_first: How three and more dimensions are read.
 
     Returns:
         A two-dimensional tensor.
 
     Example:
-        >>> to_rows(torch.ones(2, 3, 4, 4), nn.Conv2d(1, 3, 1)).shape
+        >>> to_rows(torch.ones(2, 3, 4, 4), channels_first=True).shape
         torch.Size([2, 3])
-        >>> to_rows(torch.ones(2, 5, 8), nn.LayerNorm(8)).shape
+        >>> to_rows(torch.ones(2, 5, 8), channels_first=False).shape
         torch.Size([10, 8])
     """
     if value.ndim == 2:
         return value
     if value.ndim < 2:
         return value.reshape(-1, 1)
-    if value.ndim > 3 or isinstance(module, _CHANNELS_FIRST):
+    if channels_first:
         # Sums of half-precision maps would lose bits; the mean is taken in float32.
         wide = value.float() if value.element_size() < 4 else value
         return wide.flatten(2).mean(-1).to(value.dtype)
-    return value.flatten(0, 1)
+    return value.flatten(0, -2)
 
 
 def concatenate(parts: list[Tensor]) -> Tensor:

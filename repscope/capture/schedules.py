@@ -94,7 +94,7 @@ def as_schedule(value: int | Schedule) -> Schedule:
         value: An int, or a function from a step number to a truth value.
 
     Returns:
-        A function of the step number.
+        A function of the step number, true at step 0.
 
     Raises:
         UsageError: If ``value`` is neither.
@@ -106,4 +106,4 @@ def as_schedule(value: int | Schedule) -> Schedule:
             f"every= takes a number of steps, rs.every(k), rs.log_spaced(n), "
             f"rs.at_steps([...]) or a function of the step, got {value!r}"
         )
-    return value
+    return lambda step: step == 0 or bool(value(step))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repscope import __version__
-from repscope.errors import DataError, RepScopeError, StoreError
+from repscope.errors import DataError, RepScopeError
 
 PLOT_KINDS = (
     "spectrum",
@@ -175,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _dispatch(arguments)
-    except (DataError, StoreError, FileNotFoundError) as error:
+    except BrokenPipeError:
+        # `repscope metrics ... | head` closed its end; leave without a second fault.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DataError, OSError) as error:
         print(f"repscope: {error}", file=sys.stderr)
         return 3
     except RepScopeError as error:
@@ -188,7 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
-        # `repscope metrics ... | head` closed its end; leave without a second fault.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -197,7 +197,11 @@ def spectrum(groups: Groups, layer: str | None) -> Drawn:
 
 
 def alignment(groups: Groups, layer: str | None) -> Drawn:
-    """Return heat maps of the cosine between class means, side by side."""
+    """Return heat maps of the cosine between class means, side by side.
+
+    Raises:
+        UsageError: If no run has features that point anywhere.
+    """
     chosen = _layer(groups, layer)
     cosines: dict[str, ClassCosine] = {}
     for name, runs in groups.items():
@@ -209,8 +213,14 @@ def alignment(groups: Groups, layer: str | None) -> Drawn:
             torch.stack([c.mean_share for c in found]).mean(),
             sum(c.n_excluded for c in found),
         )
+    # A dead network has zero features everywhere, and no cosine.
+    dead = [name for name, c in cosines.items() if not c.matrix.isfinite().any()]
+    for name in dead:
+        del cosines[name]
+    if not cosines:
+        raise UsageError(f"all features of {chosen} are zero in every run")
     fig, axes = plots.figure(1, len(cosines), width="double")
-    low = min(float(c.matrix[~c.matrix.isnan()].min()) for c in cosines.values())
+    low = min(float(c.matrix[c.matrix.isfinite()].min()) for c in cosines.values())
     panels = _each(axes)
     for ax, (name, cosine) in zip(panels, cosines.items(), strict=True):
         plots.alignment(
@@ -226,6 +236,7 @@ def alignment(groups: Groups, layer: str | None) -> Drawn:
         f"record, on {_inputs(groups)}, averaged over the seeds; in the titles the "
         f"mean off the diagonal. ReLU features are non-negative, so no cosine is below "
         f"0. One colour scale for all."
+        f"{_without(dead)}"
     )
     return Drawn("alignment", "Class cosine", caption, fig, _frames(cosines))
 
@@ -338,10 +349,15 @@ def _matrix(run: Run) -> Tensor:
 def _class_cosine(run: Run, layer: str) -> ClassCosine:
     *_, last = run.snapshots(target="outputs", layers=[layer])
     X = last.streams["outputs", layer]
-    y = example_labels(last, X)
+    y = example_labels(run, last, layer)
     if y is None:
         raise UsageError(f"{run.name} has no labels for the rows of {layer!r}")
     return class_cosine(X, y)
+
+
+def _without(dead: Sequence[str]) -> str:
+    names = ", ".join(map(plots.display_name, dead))
+    return f" Zero features, hence no cosine: {names}." if dead else ""
 
 
 def _titled(name: str, cosine: ClassCosine) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from repscope import __version__, plots, store
 from repscope.analysis import measure
-from repscope.errors import DataError
+from repscope.errors import DataError, UsageError
 from repscope.plots import display_name
 from repscope.report.figures import Drawn, draw, run_order
 from repscope.report.page import Figure, Page, Table, Verdict, write
@@ -29,7 +29,7 @@ from repscope.studies.summary import (
     final_values,
     headline_table,
 )
-from repscope.studies.sweep import is_finished
+from repscope.studies.sweep import TUNING_SEED, is_finished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,13 +96,13 @@ def build(
     csv = folder / "results.csv"
     frame.to_csv(csv, index=False)
     final = final_values(frame)
-    figures = _draw_all(studies, folder / "figures", progress)
+    figures, missing = _draw_all(studies, folder / "figures", progress)
     judgements = tuple(judge(final))
     shown = _tables(final, studies, compact=False)
     printed = _tables(final, studies, compact=True)
     page = Page(
         title="What kind of solution did training find?",
-        lead=_lead(studies, judgements),
+        lead=[*_lead(studies, judgements), *missing],
         verdicts=[_verdict(judgement) for judgement in judgements],
         tables=[
             Table(title, header, rows, note) for title, (header, rows), note in shown
@@ -131,15 +131,21 @@ def _by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _draw_all(
     studies: Mapping[str, Sequence[Run]], out: Path, progress: Callable[[str], None]
-) -> list[Figure]:
+) -> tuple[list[Figure], list[str]]:
+    """Return the figures, and in words those that the runs give nothing to draw for."""
     out.mkdir(parents=True, exist_ok=True)
-    figures = []
+    figures, missing = [], []
     for name, runs in studies.items():
         for kind in FIGURES_OF[name]:
             progress(f"drawing {kind}")
-            drawn = draw(kind, runs)
+            try:
+                drawn = draw(kind, runs)
+            except UsageError as error:
+                missing.append(f"Not drawn for study {name}: {kind} ({error}).")
+                progress(missing[-1])
+                continue
             figures.append(_saved(drawn, name, out))
-    return figures
+    return figures, missing
 
 
 def _saved(drawn: Drawn, study: str, out: Path) -> Figure:
@@ -189,7 +195,11 @@ def _tables(
             f"What each optimizer left behind: mean, {interval} of the 95 % t interval "
             f"over seeds",
             (header, _named(rows)),
-            "\n".join(filter(None, [_about(HEADLINE, studies), _capped(studies)])),
+            "\n".join(
+                filter(
+                    None, [_about(HEADLINE, studies), _capped(studies), _dead(final)]
+                )
+            ),
         ),
         (
             "The same runs, further readings",
@@ -220,6 +230,22 @@ def _verdict_table(judgements: Sequence[Judgement]) -> TableText:
         "Margins were fixed before the run. holds: the interval lies wholly beyond the "
         "margin; opposite sign:\nwholly beyond it on the other side; no difference: "
         "wholly within it; not decided: anything else.",
+    )
+
+
+def _dead(final: pd.DataFrame) -> str:
+    """Return which numbers come from a layer that no longer answers to its input."""
+    rows = final[
+        (final["metric"] == "effective_rank")
+        & final["layer"].str.startswith("hidden")
+        & final["note"].str.contains("degenerate")
+    ]
+    if rows.empty:
+        return ""
+    named = ", ".join(sorted(f"{row.run} {row.layer}" for row in rows.itertuples()))
+    return (
+        f"Constant hidden layers (a dead network has rank 0, no class cosine, and "
+        f"nothing to forget): {named}."
     )
 
 
@@ -322,6 +348,9 @@ def _provenance(studies: Mapping[str, Sequence[Run]], csv: Path) -> dict[str, st
         facts[f"{name}: seeds"] = ", ".join(map(str, seeds))
         probes = sorted({str(r.meta["recorder"]["probe"]["sha256"])[:12] for r in runs})
         facts[f"{name}: probe sha256"] = ", ".join(probes)
-    facts["learning rates"] = "chosen on seed 100, which is not among the reported ones"
+    facts["learning rates"] = (
+        f"fixed before these runs; where they were scanned, on seed {TUNING_SEED}, "
+        f"which no plan accepts"
+    )
     facts["claims table"] = claims_hash()
     return facts

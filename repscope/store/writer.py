@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -37,7 +38,11 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
     Raises:
         StoreExists: If anything is at ``path``; it is left as it was.
     """
-    path, facts = Path(path), as_json(meta)
+    # Loaded now and not at the first commit, which may come at the program's exit: the
+    # library ends itself there, after whoever registered later than its import.
+    importlib.import_module("h5py")
+    # Absolute: a script may change its folder while it is recorded.
+    path, facts = Path(path).absolute(), as_json(meta)
     try:
         files.make_directory(path)
     except FileExistsError as error:

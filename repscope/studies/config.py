@@ -21,8 +21,7 @@ class Protocol:
         batch_size: Rows per update.
         epochs: Passes over a task's training rows, at most.
         capture_every: Updates between captures (task ends are always captured).
-        optimizers: Optimizer -> hyper-parameters. Learning rates were chosen on seed
-            100, which is never reported.
+        optimizers: Optimizer -> hyper-parameters.
         eval_every: Updates between evaluations on the task's test rows, or ``None``.
         patience: Evaluations without a new best before a task is stopped.
     """

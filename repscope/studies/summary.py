@@ -208,6 +208,9 @@ def by_seed(
 ) -> dict[int, float]:
     """Return ``seed -> value`` of a quantity for one optimizer, NaN where diverged.
 
+    A run that diverged has no value at the end, whatever was still finite when it
+    stopped and whatever it never came to record.
+
     Args:
         frame: From `final_values`.
         quantity: What to look up.
@@ -216,14 +219,16 @@ def by_seed(
     Returns:
         Empty when the study has no such run.
     """
-    rows = frame[
-        (frame["study"] == quantity.study)
-        & (frame["metric"] == quantity.metric)
-        & (frame["layer"] == quantity.layer)
-        & (frame["optimizer"] == optimizer)
-    ]
+    runs = frame[(frame["study"] == quantity.study) & (frame["optimizer"] == optimizer)]
+    rows = runs[(runs["metric"] == quantity.metric) & (runs["layer"] == quantity.layer)]
     seeds, values = rows["seed"].tolist(), rows["value"].tolist()
-    return {int(s): float(v) for s, v in zip(seeds, values, strict=True)}
+    found = {int(s): float(v) for s, v in zip(seeds, values, strict=True)}
+    return found | dict.fromkeys(_diverged_seeds(runs), math.nan)
+
+
+def _diverged_seeds(rows: pd.DataFrame) -> set[int]:
+    marked = rows[rows["note"].str.contains("diverged")]
+    return {int(seed) for seed in marked["seed"]}
 
 
 def finite(values: Mapping[int, float]) -> dict[int, float]:
@@ -291,19 +296,19 @@ def optimizers_in(frame: pd.DataFrame) -> list[str]:
     return known + sorted(present - set(known))
 
 
-def diverged_in(frame: pd.DataFrame, optimizer: str) -> int:
-    """Return how many runs of an optimizer diverged.
+def diverged_in(frame: pd.DataFrame, optimizer: str, studies: set[str]) -> int:
+    """Return for how many seeds a run of an optimizer diverged.
 
     Args:
         frame: From `final_values`.
         optimizer: Its label.
+        studies: The studies to look at.
 
     Returns:
-        A count of runs.
+        A count of seeds.
     """
-    rows = frame[frame["optimizer"] == optimizer]
-    marked = rows[rows["note"].str.contains("diverged")]
-    return int(marked["run"].nunique())
+    chosen = (frame["optimizer"] == optimizer) & frame["study"].isin(studies)
+    return len(_diverged_seeds(frame[chosen]))
 
 
 def headline_table(
@@ -327,7 +332,7 @@ def headline_table(
         if not any(runs):
             continue
         n = str(max(len(values) for values in runs))
-        lost = diverged_in(frame, optimizer)
+        lost = diverged_in(frame, optimizer, {q.study for q in shown})
         cells = [
             q.show(i, compact=compact) for q, i in zip(shown, intervals, strict=True)
         ]

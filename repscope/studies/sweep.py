@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from repscope import parallel, store
-from repscope.errors import NotAStore, UnknownName, UsageError, suggest
+from repscope.errors import DataError, NotAStore, UnknownName, UsageError, suggest
 from repscope.studies.catalog import STUDIES
 from repscope.studies.config import RunConfig
 from repscope.studies.data import Data, load
 from repscope.studies.training import Diverged, Session
+
+# The seed that learning rates are scanned on; never reported.
+TUNING_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ def plan(
 
     Raises:
         UnknownName: If a study, data set or optimizer is not known.
-        UsageError: If there is no seed, or a seed is repeated.
+        UsageError: If there is no seed, a seed is repeated, or it is the tuning seed.
     """
+    if TUNING_SEED in seeds:
+        raise UsageError(
+            f"seed {TUNING_SEED} is the one learning rates were chosen on; take others"
+        )
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds must be distinct and at least one, got {list(seeds)}")
     configs = []
@@ -96,6 +103,15 @@ def is_finished(path: Path) -> bool:
     return run.closed and "interrupted" not in run.meta
 
 
+def _check_data(path: Path, data: Data) -> None:
+    made_from = store.open(path).meta.get("data_sha256")
+    if made_from != data.sha256:
+        raise DataError(
+            f"{path} was made from other {data.name} files than those given now; "
+            f"choose another --out, or give the same files"
+        )
+
+
 def run_one(config: RunConfig, *, out: Path, data: Mapping[str, Data]) -> Finished:
     """Do one run unless its store is already complete.
 
@@ -107,13 +123,14 @@ def run_one(config: RunConfig, *, out: Path, data: Mapping[str, Data]) -> Finish
     Returns:
         Where the store is, and whether it was there before.
     """
-    path = out / config.name
+    path, source = out / config.name, data[config.data]
     if is_finished(path):
+        _check_data(path, source)
         return Finished(config, path, reused=True)
     if path.exists():
         store.remove(path)  # ours, by its key, and interrupted
-    tasks = STUDIES[config.study].tasks(data[config.data], seed=config.seed)
-    session = Session(config, tasks, path)
+    tasks = STUDIES[config.study].tasks(source, seed=config.seed)
+    session = Session(config, tasks, path, data_sha256=source.sha256)
     with session.recorder as recorder:
         try:
             STUDIES[config.study].train(session)
@@ -148,5 +165,6 @@ def sweep(
     waiting = [config for config in configs if not is_finished(out / config.name)]
     for config in configs:
         if config not in waiting:
+            _check_data(out / config.name, data[config.data])
             yield Finished(config, out / config.name, reused=True)
     yield from parallel.run(work, waiting, jobs=jobs)

@@ -55,9 +55,12 @@ class Session:
         config: The resolved configuration.
         tasks: What to learn, in order.
         path: Where the store goes.
+        data_sha256: Hash of the data the tasks were made from.
     """
 
-    def __init__(self, config: RunConfig, tasks: Sequence[Task], path: Path) -> None:
+    def __init__(
+        self, config: RunConfig, tasks: Sequence[Task], path: Path, *, data_sha256: str
+    ) -> None:
         self.config = config
         self.tasks = tasks
         self.model = mlp(config.sizes, seed=config.seed)
@@ -76,6 +79,7 @@ class Session:
                 "optimizer": config.optimizer,
                 "seed": config.seed,
                 "key": config.key,
+                "data_sha256": data_sha256,
                 "config": asdict(config),
                 "tasks": [task.name for task in tasks],
             },

@@ -19,9 +19,11 @@ class Restless(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("noise", torch.zeros(3))
+        self.register_buffer("late", None)
 
     def forward(self, x):
         self.calls += 1
+        self.late = torch.ones(1)
         self.noise = torch.rand(3) + random.random() + np.random.rand()  # noqa: NPY002
         return self.drop(self.norm(x))
 
@@ -45,6 +47,7 @@ def test_a_probe_leaves_no_trace():
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
     assert model.noise is buffer
+    assert model.late is None
 
 
 def test_everything_is_restored_after_a_forward_that_raises():
@@ -95,6 +98,25 @@ def test_tuples_mappings_and_own_forwards():
     Probe(a, forward=lambda model, x: model(x, x, scale=3)).run(Two())
     assert [float(s.unique()) for s in seen] == [2, 2, 4, 6]
     assert [len(s) for s in seen] == [3, 1, 4, 4]
+
+
+def test_the_batch_stays_fixed_whatever_happens_to_the_tensors():
+    seen = []
+
+    class InPlace(nn.Module):
+        def forward(self, x):
+            seen.append(x.clone())
+            return x.mul_(2)
+
+    x = torch.ones(4, 2)
+    probe = Probe(x)
+    before = probe.sha256
+    probe.run(InPlace())
+    x.zero_()
+    probe.run(InPlace())
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(x, torch.zeros(4, 2))  # the caller's, untouched by us
+    assert probe.sha256 == before
 
 
 def test_the_hash_knows_values_labels_and_shape():

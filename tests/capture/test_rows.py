@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from repscope.capture.rows import leaves, to_rows
+from repscope.capture.rows import has_channels_first, leaves, to_rows
 from repscope.errors import UnsupportedOutput
 
 
@@ -35,24 +35,51 @@ def test_every_leaf_of_a_structure_has_a_path():
 def test_an_unreadable_output_is_named():
     with pytest.raises(UnsupportedOutput, match="'layer' returned a set"):
         paths({"h"})
-    with pytest.raises(UnsupportedOutput, match=r"returned a str at \[1\]"):
-        paths((torch.ones(1), "text"))
+    with pytest.raises(UnsupportedOutput, match=r"returned a function at \[1\]"):
+        paths((torch.ones(1), paths))
+    nested = torch.nested.nested_tensor(
+        [torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged
+    )
+    with pytest.raises(UnsupportedOutput, match="'layer' returned a nested tensor"):
+        paths({"h": nested})
+
+
+def test_numbers_and_text_beside_tensors_are_passed_over():
+    assert paths({"h": torch.ones(2), "n": 3, "name": "x", "ok": True}) == ["h"]
+
+
+def rows(value, module, maps=()):
+    known = set(maps)
+    return to_rows(value, channels_first=has_channels_first(value, module, maps=known))
 
 
 def test_rows_of_each_kind_of_layer():
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(to_rows(x, nn.Conv2d(3, 3, 1)), x.mean((2, 3)))
+    assert torch.equal(rows(x, nn.Conv2d(3, 3, 1)), x.mean((2, 3)))
+    assert torch.equal(rows(x, nn.ReLU()), x.mean((2, 3)))
     series = torch.randn(2, 3, 7)
-    assert torch.equal(to_rows(series, nn.Conv1d(3, 3, 1)), series.mean(2))
-    tokens = to_rows(series, nn.LayerNorm(7))
+    assert torch.equal(rows(series, nn.Conv1d(3, 3, 1)), series.mean(2))
+    tokens = rows(series, nn.ReLU())
     assert torch.equal(tokens, series.reshape(6, 7))
-    assert to_rows(torch.ones(4), nn.ReLU()).shape == (4, 1)
-    assert to_rows(torch.tensor(1.0), nn.ReLU()).shape == (1, 1)
+    assert rows(torch.ones(4), nn.ReLU()).shape == (4, 1)
+    assert rows(torch.tensor(1.0), nn.ReLU()).shape == (1, 1)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 5), nn.LayerNorm(5)])
+def test_layers_with_features_last_keep_them_whatever_comes_before(module):
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(rows(x, module), x.reshape(24, 5))
+
+
+def test_what_has_the_shape_of_a_map_met_before_is_a_map():
+    x = torch.randn(2, 3, 7)
+    assert torch.equal(rows(x, nn.ReLU(), maps=[x.shape]), x.mean(2))
+    assert rows(x, nn.LayerNorm(7), maps=[x.shape]).shape == (6, 7)
 
 
 def test_half_precision_maps_are_averaged_in_float32():
     x = torch.full((1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
     x[0, 0, 0, 0] = 1000.0
-    mean = to_rows(x, nn.Conv2d(1, 1, 1))
+    mean = rows(x, nn.Conv2d(1, 1, 1))
     assert mean.dtype == torch.bfloat16
     assert mean.item() == pytest.approx(1 + 999 / 4096, rel=1e-2)

@@ -214,6 +214,7 @@ def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(tmp_path):
         (["study", "pairs", "--data", "mnist"], 3, "--data-dir"),
         (["study", "pairs", "--data", "mnist", "--data-dir", "gone"], 3, "gone"),
         (["study", "pairs", "--seeds", "0"], 2, "at least 1"),
+        (["study", "pairs", "--data", "kmnist", "--data-dir", "gone"], 3, "gone"),
         (["info", "gone"], 3, "gone"),
         (["metrics", "gone"], 3, "gone"),
         (["report", "gone"], 3, "repscope demo --out gone"),
@@ -231,6 +232,15 @@ def test_errors_are_one_line_with_a_code_and_nothing_is_written(
     assert err.splitlines()[-1].startswith("repscope: ")
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_should_be_is_one_line_too(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    code, out, err = run(capsys, "study", "pairs", "--out", tmp_path / "file",
+                         "--seeds", "1", "--optimizers", "sgd")  # fmt: skip
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1].startswith("repscope: ")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import repscope as rs
-from repscope import errors, store
+from repscope import errors, plots, store
 from repscope.report.study import build
-from repscope.studies import load, plan, sweep
+from repscope.studies import DATASETS, STUDIES, load, plan, sweep
 from repscope.studies.data import Data
 from repscope.studies.sweep import is_finished, run_one
 from repscope.studies.training import accuracy
@@ -25,6 +25,22 @@ def configs(study, seed=0, **changes):
 
 def run(config, out):
     return rs.open(run_one(config, out=out, data=DATA).path)
+
+
+def diverge_at(monkeypatch, step, *, optimizer, seeds):
+    """Make the runs of some seeds end at an update, as a non-finite loss would."""
+    from repscope.studies import training
+
+    real = training.Session._update
+
+    def failing(self, task, rows):
+        config = self.config
+        hit = config.optimizer == optimizer and config.seed in seeds
+        if hit and self.recorder.step_number >= step:
+            raise training.Diverged
+        return real(self, task, rows)
+
+    monkeypatch.setattr(training.Session, "_update", failing)
 
 
 def test_all_optimizers_of_a_seed_start_from_the_same_network(tmp_path):
@@ -123,6 +139,73 @@ def test_a_run_that_diverges_is_recorded_and_shown_as_diverged(tmp_path):
     assert "1 diverged run(s) left out" in outcome.report.read_text()
 
 
+@pytest.mark.parametrize(
+    ("study", "step", "optimizer", "metric"),
+    [
+        ("pairs", 30, "shampoo", "class_cosine"),  # finite features, half-way
+        ("sparsity", 5, "p-sgd", "accuracy_at_95"),  # before any pruned accuracy
+    ],
+)
+def test_runs_that_diverged_are_counted_and_never_averaged(
+    tmp_path, monkeypatch, study, step, optimizer, metric
+):
+    diverge_at(monkeypatch, step, optimizer=optimizer, seeds={1, 2})
+    rivals = {"shampoo": "adam", "p-sgd": "sgd"}
+    for seed in range(4):
+        quick = configs(study, seed, epochs=1)
+        for name in (optimizer, rivals[optimizer]):
+            run(quick[name], tmp_path / "stores")
+    outcome = build(tmp_path)
+    judged = [j for j in outcome.judgements if j.claim.quantity.metric == metric]
+    assert judged
+    for judgement in judged:
+        if judgement.claim.first == optimizer:
+            assert (judgement.verdict, judgement.n) == ("not reported", 2)
+            assert judgement.n_lost == 2
+    (_, (_, rows), _), *_ = outcome.tables
+    (row,) = [row for row in rows if row[0] == plots.display_name(optimizer)]
+    assert row[1] == "4 (2 diverged)"
+
+
+def test_a_study_in_which_everything_diverged_still_has_its_report(
+    tmp_path, monkeypatch
+):
+    diverge_at(monkeypatch, 5, optimizer="sgd", seeds={0})
+    run(configs("sparsity", epochs=1)["sgd"], tmp_path / "stores")
+    said = []
+    outcome = build(tmp_path, progress=said.append)
+    (_, (_, rows), _), *_ = outcome.tables
+    assert rows[0][:2] == ["SGD", "1 (1 diverged)"]
+    assert sum("all 1 runs diverged" in text for text in said) == 2
+    assert "Not drawn for study sparsity" in outcome.report.read_text()
+
+
+@pytest.mark.parametrize("others", [[], ["adam"]])
+def test_a_dead_network_is_named_and_stops_nothing(tmp_path, others):
+    quick = configs("pairs", epochs=1)
+    for name in others:
+        run(quick[name], tmp_path / "stores")
+    dead = dataclasses.replace(quick["sgd"], hyper={"lr": 1e6})
+    seen = run(dead, tmp_path / "stores")
+    assert not seen.read("hidden2").any()
+    outcome = build(tmp_path)
+    assert f"{seen.name} hidden2" in outcome.tables[0][2]
+    page = outcome.report.read_text()
+    if others:
+        assert "Zero features, hence no cosine: SGD" in page
+    else:
+        assert "alignment (all features of hidden2 are zero in every run)" in page
+
+
+def test_runs_on_other_files_are_not_reused(tmp_path):
+    config = configs("pairs", epochs=1)["sgd"]
+    run(config, tmp_path)
+    one = DATA["digits"]
+    flipped = dataclasses.replace(one, x_train=one.x_train.flip(1))
+    with pytest.raises(errors.DataError, match="other digits files"):
+        run_one(config, out=tmp_path, data={"digits": flipped})
+
+
 def test_one_frozen_run_still_gives_its_numbers(tmp_path):
     """Regression values of one configuration and seed, not a claim about anything."""
     config = configs("pairs", 7, epochs=1, sizes=(64, 16, 12, 10))["shampoo"]
@@ -178,6 +261,7 @@ def test_a_changed_setting_is_another_run():
     [
         ({"seeds": []}, errors.UsageError),
         ({"seeds": [1, 1]}, errors.UsageError),
+        ({"seeds": [99, 100]}, errors.UsageError),
         ({"data": "minst"}, errors.UnknownName),
         ({"optimizers": ["lion"]}, errors.UnknownName),
     ],
@@ -187,6 +271,12 @@ def test_plans_that_make_no_sense_are_refused(arguments, error):
         plan(["pairs"], **arguments)
     with pytest.raises(errors.UnknownName, match="did you mean 'pairs'"):
         plan(["pair"])
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_what_looks_like_mnist_is_treated_like_it(study):
+    for name in set(DATASETS) - {"digits", "mnist"}:
+        assert plan([study], data=name)[0].sizes == plan([study], data="mnist")[0].sizes
 
 
 def test_no_finished_run_is_said_plainly(tmp_path):
