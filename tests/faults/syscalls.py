@@ -94,8 +94,7 @@ def _call(name: str, args: list[str], result: str) -> Iterator[Call]:
     make = _MEANING.get(name)
     if make is None and not _HARMLESS.match(name):
         raise NotImplementedError(f"the replay does not know {name}({', '.join(args)})")
-    # Only of a failed fsync does the disk remember anything.
-    if make is not None and (int(result) >= 0 or make is _sync):
+    if make is not None and (int(result) >= 0 or make in (_write, _sync)):
         yield make(args, int(result))
 
 
@@ -105,7 +104,8 @@ def _open(args: list[str], result: int) -> Call:
 
 
 def _write(args: list[str], result: int) -> Call:
-    return Call("write", _fd(args[0]), data=_bytes(args[1])[:result])
+    data = _bytes(args[1])[: max(result, 0)]
+    return Call("write", _fd(args[0]), data=data, failed=result < 0)
 
 
 def _pwrite(args: list[str], result: int) -> Call:

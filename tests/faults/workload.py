@@ -7,8 +7,10 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +151,17 @@ def examine(path: Path, acked: int) -> Seen:
     if run.steps != list(range(len(run.steps))):
         torn += 1
     return Seen(True, len(run.steps), owed(acked) - good, wrong, torn)
+
+
+def frames_behind(manifest: Path) -> bool:
+    """Return whether a whole frame follows one that is not: no crash does that."""
+    data, whole = manifest.read_bytes(), []
+    for at in (found.start() for found in re.finditer(b"RSF1", data)):
+        end = at + 16 + int.from_bytes(data[at + 12 : at + 16], "little")
+        crc = int.from_bytes(data[end : end + 4], "little")
+        if end + 4 <= len(data) and crc == zlib.crc32(data[at:end]):
+            whole.append((at, end + 4))
+    return any(a[1] != b[0] for a, b in zip([(0, 0), *whole], whole, strict=False))
 
 
 def tally(many: Iterable[Seen]) -> dict[str, int]:
