@@ -7,19 +7,22 @@ JOBS ?= 2
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench clean
+.PHONY: help demo test test-slow test-faults lint docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## compare SGD, AdamW and Shampoo on real data: runs/demo/report.html
 	@$(BIN)/repscope demo --out runs/demo --jobs $(JOBS)
 
 test: $(VENV)/.dev ## the fast test suite (under 3 minutes on 2 cores)
-	@$(BIN)/pytest -q -m "not slow"
+	@$(BIN)/pytest -q -m "not slow and not faults"
 
 test-slow: $(VENV)/.dev ## the slow tests
 	@$(BIN)/pytest -q -m slow
+
+test-faults: $(VENV)/.dev ## kills, power cuts, full disks, damage: prints the figures
+	@$(BIN)/pytest -q -m faults tests/faults
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
