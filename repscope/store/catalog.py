@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repscope.errors import CorruptSegment
 from repscope.snapshot import StreamKey
-from repscope.store import manifest
+from repscope.store import manifest, schema
 from repscope.store.chunks import StoredPart
 from repscope.store.index import RESERVED, Part, Spans, from_spans
 
@@ -24,11 +26,20 @@ class Batch:
         path: The store.
         first: Number, within the run, of the first record.
         frame: Its manifest frame.
+
+    Attributes:
+        first: As given.
+        steps: Step of every record.
+        visible: Whether each record counts, rather than being hidden by a rewind.
+        tags: Pairs of a record, numbered within the run, and its tag.
+        parts: Where the rows of each stream are.
     """
 
     def __init__(self, path: Path, first: int, frame: Mapping[str, Any]) -> None:
         self.first = first
         self.steps = from_spans(frame["steps"])
+        self.visible = np.ones(len(self.steps), bool)
+        self.visible[from_spans(frame.get("hidden", []))] = False
         self.tags = [(first + record, tag) for record, tag in frame["tags"]]
         self.parts: dict[StreamKey, list[StoredPart]] = {}
         for segment in frame["segments"]:
@@ -37,6 +48,10 @@ class Batch:
                 part = Part.from_json(data)
                 stored = StoredPart(part, file, segment["bytes"], self.steps)
                 self.parts.setdefault(part.key, []).append(stored)
+
+    def rewind(self, step: int) -> None:
+        """Hide every record after ``step``."""
+        self.visible &= self.steps <= step
 
     def find(self, key: StreamKey, record: int) -> list[tuple[StoredPart, int, int]]:
         """Return where the rows of a record are: part, start, rows; empty if absent."""
@@ -48,7 +63,7 @@ class Batch:
         return found
 
     def records(self) -> list[int]:
-        """Return the numbers of the records that have a stream, ascending."""
+        """Return the numbers of visible records that have a stream, ascending."""
         # Streams recorded together share their spans: decode each kind once.
         kinds: dict[str, Spans] = {
             str(stored.part.records): stored.part.records
@@ -58,7 +73,16 @@ class Batch:
         }
         every = [from_spans(spans) for spans in kinds.values()]
         unique = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
-        return [self.first + int(record) for record in unique]
+        return [self.first + int(record) for record in unique[self.visible[unique]]]
+
+    def last(self, parts: list[StoredPart]) -> int | None:
+        """Return the number of the last visible record of a stream."""
+        for stored in reversed(parts):
+            records = stored.part.where[0]
+            records = records[self.visible[records]]
+            if len(records):
+                return self.first + int(records[-1])
+        return None
 
 
 class Catalog:
@@ -69,36 +93,70 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.meta: dict[str, Any] = {}
         self.closed = False
+        self.progress = 0
         self.nbytes = 0
+        self.layouts: dict[StreamKey, tuple[str, list[int]]] = {}
+        self._batches: list[Batch] = []
+        for frame in manifest.read(path):
+            schema.check(path, frame)
+            self._take(frame)
+        self._index()
+
+    def _take(self, frame: Mapping[str, Any]) -> None:
+        """Follow one frame."""
+        self.meta |= frame.get("meta", {})
+        self.closed = frame.get("closed", False)
+        self.progress = frame.get("progress", self.progress)
+        if "rewind" in frame:
+            self.progress = frame["rewind"]
+            for batch in self._batches:
+                batch.rewind(frame["rewind"])
+        if frame.get("steps"):
+            before = self._batches[-1] if self._batches else None
+            first = before.first + len(before.steps) if before else 0
+            self._batches.append(batch := Batch(self.path, first, frame))
+            self._compare(batch)
+            self.nbytes += sum(segment["bytes"] for segment in frame["segments"])
+
+    def _compare(self, batch: Batch) -> None:
+        """Refuse a stream whose parts do not fit together.
+
+        Raises:
+            CorruptSegment: If they do not.
+        """
+        for key, parts in batch.parts.items():
+            for part in (stored.part for stored in parts):
+                now = part.dtype, list(part.row_shape)
+                if self.layouts.setdefault(key, now) != now:
+                    raise CorruptSegment(
+                        f"{self.path}/MANIFEST gives {key[0]} of layer {key[1]!r} two "
+                        f"layouts, {self.layouts[key]} and {now}; restore it from a "
+                        "copy"
+                    )
+
+    def _index(self) -> None:
+        """Make the tables of what is visible."""
+        self._starts = [batch.first for batch in self._batches]
         self.records: list[int] = []
         self.by_step: dict[int, list[int]] = {}
         self.tags: dict[str, int] = {}
         self.last: dict[StreamKey, int] = {}
-        self._batches: list[Batch] = []
-        self._starts: list[int] = []
-        count = 0
-        for frame in manifest.read(path):
-            self.meta |= frame.get("meta", {})
-            self.closed = frame.get("closed", False)
-            if frame.get("steps"):
-                self._add(batch := Batch(path, count, frame))
-                self.nbytes += sum(segment["bytes"] for segment in frame["segments"])
-                count += len(batch.steps)
+        self.last_step = -1
+        for batch in self._batches:
+            seen = batch.visible
+            self.last_step = max(self.last_step, *batch.steps[seen].tolist(), -1)
+            self.tags |= {tag: r for r, tag in batch.tags if seen[r - batch.first]}
+            for record in batch.records():
+                self.records.append(record)
+                step = int(batch.steps[record - batch.first])
+                self.by_step.setdefault(step, []).append(record)
+            for key, parts in batch.parts.items():
+                if (last := batch.last(parts)) is not None:
+                    self.last[key] = last
         self.steps = sorted(self.by_step)
-
-    def _add(self, batch: Batch) -> None:
-        self._batches.append(batch)
-        self._starts.append(batch.first)
-        self.tags |= {tag: record for record, tag in batch.tags}
-        for record in batch.records():
-            self.records.append(record)
-            self.by_step.setdefault(int(batch.steps[record - batch.first]), []).append(
-                record
-            )
-        for key, parts in batch.parts.items():
-            self.last[key] = batch.first + int(parts[-1].part.where[0][-1])
 
     def batch(self, record: int) -> Batch:
         """Return the batch that holds a record."""
@@ -131,7 +189,9 @@ class Catalog:
         found: set[int] = set()
         for batch in self._batches:
             for stored in batch.parts.get(key, ()):
-                found.update(batch.steps[stored.part.where[0]].tolist())
+                records = stored.part.where[0]
+                records = records[batch.visible[records]]
+                found.update(batch.steps[records].tolist())
         return sorted(found)
 
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
@@ -146,10 +206,21 @@ class Catalog:
         return rows, *part.row_shape
 
     def load(self, key: StreamKey, record: int) -> Tensor:
-        """Return a copy of what a record holds of a stream."""
+        """Return a copy of what a record holds of a stream.
+
+        Raises:
+            CorruptSegment: If the manifest contradicts itself about it.
+        """
         found = self.batch(record).find(key, record)
-        shape = self.shape(key, record)
-        out = torch.empty(shape, dtype=found[0][0].part.torch_dtype)
+        shape, dtype = self.shape(key, record), found[0][0].part.torch_dtype
+        nbytes = sum(rows * stored.part.row_bytes for stored, _, rows in found)
+        if nbytes != math.prod(shape) * dtype.itemsize:
+            raise CorruptSegment(
+                f"{self.path}/MANIFEST gives {key[0]} of layer {key[1]!r} at step "
+                f"{self.step(record)} the shape {shape}, but {nbytes} bytes; restore "
+                "it from a copy"
+            )
+        out = torch.empty(shape, dtype=dtype)
         raw, filled = out.reshape(-1).view(torch.uint8).numpy(), 0
         for stored, start, rows in found:
             size = rows * stored.part.row_bytes
@@ -165,4 +236,6 @@ class Catalog:
                     part = stored.part
                     out = torch.empty(part.shape, dtype=part.torch_dtype)
                     stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
-                    yield name, batch.steps[part.where[0]].tolist(), out
+                    records = part.where[0]
+                    seen = batch.visible[records]
+                    yield name, batch.steps[records[seen]].tolist(), out[seen]

@@ -53,6 +53,8 @@ class StoredPart:
         """  # noqa: DOC502 - raised by _blame, which names the steps
         if not len(out):
             return
+        if start + rows > self.part.shape[0]:
+            self._blame("has fewer rows than the manifest says")
         fd = self._open()
         try:
             stat = os.fstat(fd)

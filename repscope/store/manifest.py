@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repscope.errors import FormatTooNew, NotAStore
+from repscope.errors import CorruptSegment, FormatTooNew, NotAStore
 from repscope.store import files
 
 VERSION = 1
@@ -83,6 +83,12 @@ def decode(data: bytes) -> Iterator[dict[str, Any]]:
     Yields:
         One decoded JSON object per frame, in order.
     """
+    for body, _ in scan(data):
+        yield body
+
+
+def scan(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield what `decode` does, each with the offset of the byte after the frame."""
     view, offset, expected = memoryview(data), 0, 0
     while offset + _HEAD.size + _CRC.size <= len(view):
         magic, seq, length = _HEAD.unpack_from(view, offset)
@@ -91,8 +97,9 @@ def decode(data: bytes) -> Iterator[dict[str, Any]]:
             return
         if _CRC.unpack_from(view, end) != (zlib.crc32(view[offset:end]),):
             return
-        yield json.loads(bytes(view[offset + _HEAD.size : end]))
+        body = json.loads(bytes(view[offset + _HEAD.size : end]))
         offset, expected = end + _CRC.size, expected + 1
+        yield body, offset
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -103,17 +110,39 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         At least one frame.
+    """
+    frames, _, _ = load(path)
+    return frames
+
+
+def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
+    """Return the frames of a store, their bytes, and what follows them.
+
+    Args:
+        path: The store.
+
+    Returns:
+        At least one frame; all whole frames; a tail that was never acknowledged.
 
     Raises:
         NotAStore: If there is no whole frame.
+        CorruptSegment: If a frame with a good checksum is no JSON.
     """
     check_format(path)
-    frames = list(decode((path / "MANIFEST").read_bytes()))
-    if not frames:
+    data = (path / "MANIFEST").read_bytes()
+    try:
+        found = list(scan(data))
+    except (ValueError, RecursionError) as error:
+        raise CorruptSegment(
+            f"{path}/MANIFEST holds a frame that is no JSON ({error!r:.80}), though "
+            "its checksum is good: no RepScope wrote it so. Restore it from a copy"
+        ) from None
+    if not found:
         raise NotAStore(
             f"{path}/MANIFEST holds no whole frame: nothing was ever recorded here"
         )
-    return frames
+    end = found[-1][1]
+    return [body for body, _ in found], data[:end], data[end:]
 
 
 class Manifest:
