@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import operator
+import os
 import platform
 import warnings
 import weakref
@@ -21,7 +23,7 @@ from repscope.capture import TARGETS, Probe, Schedule, Taps, as_schedule, select
 from repscope.capture.probe import as_probe
 from repscope.capture.selection import LayerSpec
 from repscope.capture.targets import check_targets
-from repscope.errors import ClosedStore, RepScopeWarning, UsageError
+from repscope.errors import ClosedStore, ProbeMismatch, RepScopeWarning, UsageError
 from repscope.optim import describe
 from repscope.snapshot import Snapshot, StreamKey
 
@@ -45,7 +47,7 @@ class Recorder:
 
     Args:
         model: Any module; it is only weakly referenced.
-        path: Where the store goes; it must not exist.
+        path: Where the store goes; it must not exist, unless ``resume`` is given.
         layers: A glob over leaf modules, an exact name (containers too), a module
             type, a predicate ``(name, module) -> bool``, or a list of these.
         capture: Targets: ``"outputs"`` of the selected layers, ``"weights"`` (every
@@ -55,6 +57,10 @@ class Recorder:
         probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
         optimizer: Its class and hyper-parameters are written into the store.
         meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
+        resume: ``True`` goes on with the run at ``path`` after its last acknowledged
+            step, or makes it if nothing is there. An int is the step of the
+            checkpoint that was loaded: what was recorded after it stays on disk and
+            is hidden from now on. Call `commit` where you save a checkpoint.
         on_error: ``"warn"`` never breaks a training run: the first error stops the
             recording, is warned about once, kept in `error`, and raised by
             `commit()` and `close()`. ``"raise"`` raises it at `step()`.
@@ -69,7 +75,10 @@ class Recorder:
         LayerNeverFired: If a layer named exactly does not run on the probe.
         AlreadyAttached: If the model has a recorder.
         StoreExists: If something is at ``path``; it is left untouched.
-        UsageError: If an argument cannot be understood.
+        StoreLocked: If the run to resume is being recorded by somebody.
+        ProbeMismatch: If the run to resume was recorded with another probe.
+        UsageError: If an argument cannot be understood, or the run to resume was
+            recorded with other layers or targets.
 
     Example:
         >>> import tempfile
@@ -99,6 +108,7 @@ class Recorder:
         optimizer: torch.optim.Optimizer | None = None,
         meta: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        resume: bool | int = False,
     ) -> None:
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error is 'warn' or 'raise', got {on_error!r}")
@@ -117,19 +127,43 @@ class Recorder:
         self._closed = False
         self._taps = Taps(model, chosen)
         try:
-            self._writer = store.create(path, meta=facts)
+            self._writer, new = _writer(Path(path), facts, resume)
         except BaseException:
             self._taps.detach()
             raise
         self.path = self._writer.path
         try:
-            self._writer.append(Snapshot(0, *self._look()))
-            self._follow()
+            self._start(new)
         except BaseException:
             # Nothing half-written stays behind a constructor that failed.
             self._taps.detach()
-            self._writer.discard()
+            (self._writer.discard if new else self._writer.abort)()
             raise
+
+    def _start(self, new: bool) -> None:
+        """Capture the step to start from, unless the store has it."""
+        step = self.step_number = self._first = self._writer.progress or 0
+        self._writer.progress = step
+        if new:
+            self._writer.append(Snapshot(0, *self._look()))
+        elif step == 0 or self._due(step):
+            seen = {target for target, _ in self._writer.recorded}
+            if any(self._looks_at(t) and t not in seen for t in self._targets):
+                self._add(Snapshot(step, *self._look()))
+        self._follow()
+
+    def _looks_at(self, target: str) -> bool:
+        return TARGETS[target] is not None or self._probe is not None
+
+    def _add(self, snapshot: Snapshot) -> None:
+        """Record a snapshot, without what a resumed store has of this step."""
+        known = self._writer.recorded if snapshot.step == self._first else ()
+        streams = {k: v for k, v in snapshot.streams.items() if k not in known}
+        scalars = {k: v for k, v in snapshot.scalars.items()
+                   if ("scalars", k) not in known}  # fmt: skip
+        if streams or scalars:
+            labels = snapshot.labels if streams else None
+            self._writer.append(Snapshot(snapshot.step, streams, labels, scalars))
 
     def _describe(
         self, chosen: list[Any], optimizer: torch.optim.Optimizer | None
@@ -177,6 +211,7 @@ class Recorder:
         if self.error is not None:
             return
         try:
+            self._writer.progress = self.step_number
             self._finish_forward(before, loss, labels)
             due = self._due(self.step_number)
             streams, y = self._look() if due else ({}, None)
@@ -300,7 +335,7 @@ class Recorder:
         scalars = {} if loss is None else _detached({"loss": loss})
         if rows or scalars:
             streams = {("outputs", name): value for name, value in rows.items()}
-            self._writer.append(Snapshot(step, streams, y, scalars))
+            self._add(Snapshot(step, streams, y, scalars))
 
     @staticmethod
     def _n_examples(rows: dict[str, Tensor], n_labels: int) -> int:
@@ -339,6 +374,60 @@ class Recorder:
             RepScopeWarning,
             stacklevel=3,
         )
+
+
+def _writer(
+    path: Path, facts: dict[str, Any], resume: bool | int
+) -> tuple[store.Writer, bool]:
+    """Return a writer for the run at ``path``, and whether that is a new store."""
+    if resume is False:
+        return store.create(path, meta=facts), True
+    at = None if resume is True else operator.index(resume)
+    if not at and store.is_stillborn(path):
+        store.remove(path)
+    if not at and not os.path.lexists(path):
+        return store.create(path, meta=facts), True
+    run = store.open(path)
+    _check_same(run, facts["recorder"])
+    writer = store.reopen(path, at=at)
+    if at is not None and at > run.progress:
+        warnings.warn(
+            f"{path} was last made durable at step {run.progress}, and goes on at step "
+            f"{at}: what was recorded in between is missing; commit() where you save a "
+            "checkpoint",
+            RepScopeWarning,
+            stacklevel=3,
+        )
+    writer.annotate(**{name: facts[name] for name in facts if name != "recorder"})
+    return writer, False
+
+
+def _check_same(run: store.Run, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that recorded something else.
+
+    Raises:
+        ProbeMismatch: If it had another probe, or none.
+        UsageError: If it had other layers or targets.
+    """
+    was = run.meta.get("recorder") or {}
+    if was.get("probe") != now["probe"]:
+        raise ProbeMismatch(
+            f"{run.path} was recorded on {_inputs(was)}, not on {_inputs(now)}: one "
+            "run has one probe; give the same, or record into a new store"
+        )
+    for what in ("layers", "targets"):
+        if sorted(was.get(what, ())) != sorted(now[what]):
+            raise UsageError(
+                f"{run.path} was recorded with {what} {sorted(was.get(what, ()))}, not "
+                f"{sorted(now[what])}; select the same, or record into a new store"
+            )
+
+
+def _inputs(facts: Mapping[str, Any]) -> str:
+    probe = facts.get("probe")
+    if probe is None:
+        return "training batches"
+    return f"a probe of {probe['n_samples']} samples (sha256 {probe['sha256'][:12]})"
 
 
 def _detached(scalars: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:

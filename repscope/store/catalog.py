@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from repscope.errors import CorruptSegment
 from repscope.snapshot import StreamKey
 from repscope.store import manifest, schema
 from repscope.store.chunks import StoredPart
-from repscope.store.index import RESERVED, Part, Spans, from_spans
+from repscope.store.index import RESERVED, Part, Spans, from_spans, is_rows
 
 
 class Batch:
@@ -99,6 +100,7 @@ class Catalog:
         self.progress = 0
         self.nbytes = 0
         self.layouts: dict[StreamKey, tuple[str, list[int]]] = {}
+        self.files: dict[int, int] = {}  # number -> bytes of every listed segment
         self._batches: list[Batch] = []
         for frame in manifest.read(path):
             schema.check(path, frame)
@@ -110,6 +112,8 @@ class Catalog:
         self.meta |= frame.get("meta", {})
         self.closed = frame.get("closed", False)
         self.progress = frame.get("progress", self.progress)
+        if "reopened" in frame:
+            self.meta.pop("interrupted", None)
         if "rewind" in frame:
             self.progress = frame["rewind"]
             for batch in self._batches:
@@ -119,6 +123,8 @@ class Catalog:
             first = before.first + len(before.steps) if before else 0
             self._batches.append(batch := Batch(self.path, first, frame))
             self._compare(batch)
+            for segment in frame["segments"]:
+                self.files[segment["number"]] = segment["bytes"]
             self.nbytes += sum(segment["bytes"] for segment in frame["segments"])
 
     def _compare(self, batch: Batch) -> None:
@@ -158,6 +164,11 @@ class Catalog:
                     self.last[key] = last
         self.steps = sorted(self.by_step)
 
+    @property
+    def done(self) -> int:
+        """Optimizer updates that the last commit knew of."""
+        return max(self.progress, self.last_step, 0)
+
     def batch(self, record: int) -> Batch:
         """Return the batch that holds a record."""
         return self._batches[bisect.bisect_right(self._starts, record) - 1]
@@ -193,6 +204,27 @@ class Catalog:
                 records = records[batch.visible[records]]
                 found.update(batch.steps[records].tolist())
         return sorted(found)
+
+    def keys_at(self, step: int) -> frozenset[StreamKey]:
+        """Return what a step has: streams, labels and scalars."""
+        return frozenset(
+            key
+            for batch in self._batches
+            for record in np.flatnonzero(batch.visible & (batch.steps == step))
+            for key in batch.parts
+            if batch.find(key, batch.first + int(record))
+        )
+
+    def rows(self) -> Counter[StreamKey]:
+        """Return how many visible rows (tensors, for weights) each stream has."""
+        count: Counter[StreamKey] = Counter()
+        for batch in self._batches:
+            for key, parts in batch.parts.items():
+                records = np.unique(np.concatenate([p.part.where[0] for p in parts]))
+                for record in records[batch.visible[records]] + batch.first:
+                    shape = self.shape(key, int(record))
+                    count[key] += shape[0] if is_rows(key[0]) else 1
+        return count
 
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
         """Return the shape of the tensor that `load` returns."""
@@ -234,8 +266,10 @@ class Catalog:
             for (kind, name), parts in batch.parts.items():
                 for stored in parts if kind == target else ():
                     part = stored.part
-                    out = torch.empty(part.shape, dtype=part.torch_dtype)
-                    stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
                     records = part.where[0]
                     seen = batch.visible[records]
+                    if not seen.any():
+                        continue
+                    out = torch.empty(part.shape, dtype=part.torch_dtype)
+                    stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
                     yield name, batch.steps[records[seen]].tolist(), out[seen]

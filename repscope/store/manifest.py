@@ -145,20 +145,45 @@ def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
     return [body for body, _ in found], data[:end], data[end:]
 
 
+def has_frame(data: bytes) -> bool:
+    """Return whether a whole frame is anywhere in ``data``."""
+    at = data.find(_MAGIC)
+    while 0 <= at <= len(data) - _HEAD.size - _CRC.size:
+        _, _, length = _HEAD.unpack_from(data, at)
+        end = at + _HEAD.size + length
+        if data[end : end + _CRC.size] == _CRC.pack(zlib.crc32(data[at:end])):
+            return True
+        at = data.find(_MAGIC, at + 1)
+    return False
+
+
 class Manifest:
     """The writer's end of a manifest: `write` a frame, then `sync` it.
 
     Args:
-        path: The store; its manifest must not exist.
+        path: The store; its manifest must not exist, unless it goes on.
+        frames: How many whole frames are there; 0 for a new manifest.
+        size: Bytes of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, frames: int = 0, size: int = 0) -> None:
         self._path = path / "MANIFEST"
-        self._file = self._path.open("xb", buffering=0)
-        self._seq = 0
-        self._good = 0  # bytes known to be durable
-        self._written = 0
-        self._suspect = False
+        self._file = self._path.open("r+b" if frames else "xb", buffering=0)
+        self._seq = frames
+        self._good = size  # bytes known to be durable
+        self._written = size
+        # Whoever wrote the last frame may have died before it was durable.
+        self._suspect = frames > 0
+
+    @property
+    def seq(self) -> int:
+        """Sequence number of the next frame."""
+        return self._seq
+
+    @property
+    def size(self) -> int:
+        """Bytes of the durable frames."""
+        return self._good
 
     def write(self, body: dict[str, Any]) -> None:
         """Write a frame after the durable ones, over what a failure left there."""

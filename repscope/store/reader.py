@@ -93,6 +93,11 @@ class Run:
         return self._catalog.closed
 
     @property
+    def progress(self) -> int:
+        """Optimizer updates done when the run was last made durable."""
+        return self._catalog.done
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the segments on disk."""
         return self._catalog.nbytes

@@ -15,10 +15,11 @@ from typing import Any
 from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store import files, manifest, segment
+from repscope.store.catalog import Catalog
 from repscope.store.columns import plan
-from repscope.store.index import to_spans
+from repscope.store.index import DTYPES, SCALARS, to_spans
 from repscope.store.lock import Lock
-from repscope.store.pending import Pending, settle_scalars
+from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
@@ -47,10 +48,30 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
         ) from None
     try:
         with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            return Writer(path, facts)
+            return _begin(path, facts)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _begin(path: Path, facts: Mapping[str, Any]) -> Writer:
+    """Return the writer of a store in a new directory."""
+    lock = Lock(path / "LOCK")
+    try:
+        manifest.write_format(path)
+        (path / "segments").mkdir()
+        frames = manifest.Manifest(path)
+    except BaseException:
+        lock.release()
+        raise
+    writer = Writer(path, lock, frames)
+    try:
+        writer.write_frame({"created": time.time(), "meta": dict(facts)})
+        files.sync_directory(path)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -70,40 +91,61 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 class Writer:
-    """The one writer of a new store; made by `create`.
+    """The one writer of a store; made by `create` or `reopen`.
 
     Args:
-        path: An empty directory.
-        meta: Normalised by `as_json`.
+        path: The store.
+        lock: Held; released at the end.
+        frames: The writer's end of the manifest.
+        catalog: What the store holds, if it is not new.
 
     Attributes:
         path: The store.
+        progress: Optimizer updates done, if the caller counts them; written with the
+            next commit, so that `reopen` knows where to go on.
+        recovered: What `reopen` found and put right.
+        recorded: What the store has of the step that `reopen` goes on from.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: Lock,
+        frames: manifest.Manifest,
+        catalog: Catalog | None = None,
+    ) -> None:
         self.path = path
+        self.progress: int | None = None
+        self.recovered: dict[str, Any] = {}
+        self.recorded: frozenset[StreamKey] = frozenset()
         self._pid = os.getpid()
-        self._pending = Pending()
         self._notes: dict[str, Any] = {}
-        self._acked: Counter[StreamKey] = Counter()
+        self._noted: int | None = None
         self._next_segment = 0
         self._closed = False
-        self._lock = Lock(path / "LOCK")
-        try:
-            manifest.write_format(path)
-            (path / "segments").mkdir()
-            self._manifest = manifest.Manifest(path)
-        except BaseException:
-            self._lock.release()
-            raise
-        try:
-            self._manifest.write({"created": time.time(), "meta": dict(meta)})
-            self._manifest.sync()
-            files.sync_directory(path)
-        except BaseException:
-            self._let_go()
-            raise
+        self._lock = lock
+        self._manifest = frames
+        self._pending = Pending()
+        self._acked: Counter[StreamKey] = Counter()
+        if catalog is not None:
+            self._pending = Pending(
+                {
+                    key: Layout(DTYPES[dtype], tuple(shape))
+                    for key, (dtype, shape) in catalog.layouts.items()
+                    if key[0] != SCALARS
+                }
+            )
+            self._acked = catalog.rows()
+            self._next_segment = max(catalog.files, default=-1) + 1
         self._committed = time.monotonic()
+
+    def start_from(
+        self, step: int, *, recorded: frozenset[StreamKey], recovered: dict[str, Any]
+    ) -> None:
+        """Go on after ``step``, of which the store has ``recorded``."""
+        self.progress = self._noted = step
+        self.recorded = recorded
+        self.recovered = recovered
 
     def append(self, snapshot: Snapshot) -> None:
         """Take a snapshot for the next commit, and commit when it is time.
@@ -138,7 +180,8 @@ class Writer:
         an error the same call may be tried again.
         """
         self._check()
-        if self._pending.records or self._notes:
+        news = self._pending.records or self._notes or self.progress != self._noted
+        if news:
             with self._disk_errors():
                 self._commit()
         self._committed = time.monotonic()
@@ -152,8 +195,7 @@ class Writer:
             return
         self.commit()
         with self._disk_errors():
-            self._manifest.write({"closed": True})
-            self._manifest.sync()
+            self.write_frame({"closed": True})
         self._let_go()
 
     def abort(self) -> None:
@@ -171,6 +213,11 @@ class Writer:
     def acked_rows(self, target: str, layer: str) -> int:
         """Return how many rows (tensors, for weights) of a stream are durable."""
         return self._acked[target, layer]
+
+    def write_frame(self, frame: Mapping[str, Any]) -> None:
+        """Write a frame without records, and make it durable."""
+        self._manifest.write(dict(frame))
+        self._manifest.sync()
 
     @property
     def pending_bytes(self) -> int:
@@ -202,6 +249,8 @@ class Writer:
     # -- the commit protocol -------------------------------------------------
     def _commit(self) -> None:
         frame: dict[str, Any] = {"time": time.time(), "meta": self._notes}
+        if self.progress is not None:
+            frame["progress"] = self.progress
         written: list[Path] = []
         try:
             if self._pending.records:
@@ -220,6 +269,7 @@ class Writer:
         self._acked += self._pending.rows()
         self._pending.clear()
         self._notes = {}
+        self._noted = frame.get("progress")
 
     def _write_segments(self, written: list[Path]) -> dict[str, Any]:
         """Write the pending records to new segments.
