@@ -57,6 +57,9 @@ class Recorder:
         probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
         optimizer: Its class and hyper-parameters are written into the store.
         meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
+        durability: ``"batch"`` makes the record durable every 10 s or 64 MiB;
+            ``"append"`` every step before `step` returns (it then waits for the disk,
+            and for the GPU if a scalar is there).
         resume: ``True`` goes on with the run at ``path`` after its last acknowledged
             step, or makes it if nothing is there. An int is the step of the
             checkpoint that was loaded: what was recorded after it stays on disk and
@@ -108,6 +111,7 @@ class Recorder:
         optimizer: torch.optim.Optimizer | None = None,
         meta: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        durability: Literal["batch", "append"] = "batch",
         resume: bool | int = False,
     ) -> None:
         if on_error not in ("warn", "raise"):
@@ -127,7 +131,7 @@ class Recorder:
         self._closed = False
         self._taps = Taps(model, chosen)
         try:
-            self._writer, new = _writer(Path(path), facts, resume)
+            self._writer, new = _writer(Path(path), facts, resume, durability)
         except BaseException:
             self._taps.detach()
             raise
@@ -377,19 +381,22 @@ class Recorder:
 
 
 def _writer(
-    path: Path, facts: dict[str, Any], resume: bool | int
+    path: Path,
+    facts: dict[str, Any],
+    resume: bool | int,
+    durability: Literal["batch", "append"],
 ) -> tuple[store.Writer, bool]:
     """Return a writer for the run at ``path``, and whether that is a new store."""
     if resume is False:
-        return store.create(path, meta=facts), True
+        return store.create(path, meta=facts, durability=durability), True
     at = None if resume is True else operator.index(resume)
     if not at and store.is_stillborn(path):
         store.remove(path)
     if not at and not os.path.lexists(path):
-        return store.create(path, meta=facts), True
+        return store.create(path, meta=facts, durability=durability), True
     run = store.open(path)
     _check_same(run, facts["recorder"])
-    writer = store.reopen(path, at=at)
+    writer = store.reopen(path, at=at, durability=durability)
     if at is not None and at > run.progress:
         warnings.warn(
             f"{path} was last made durable at step {run.progress}, and goes on at step "

@@ -261,3 +261,21 @@ def test_a_failed_resume_leaves_the_run(tmp_path):
     assert rs.open(tmp_path / "run").steps == [0, 2]
     run.record(tmp_path / "run", resume=3, every=1).close()  # neither lock nor hook
     assert rs.open(tmp_path / "run").steps == [0, 2, 3]
+
+
+@pytest.mark.parametrize("at", [5, 8])
+def test_with_durability_append_every_step_is_there(tmp_path, at):
+    run = Run()
+    with run.record(tmp_path / "whole") as recorder:
+        run.train(recorder, 12)
+    run = Run()
+    first = run.record(tmp_path / "run", durability="append")
+    run.train(first, at)
+    saved = run.checkpoint()
+    die(first)
+    assert rs.open(tmp_path / "run").progress == at
+    run = Run.load(saved)
+    with run.record(tmp_path / "run", durability="append", resume=True) as second:
+        assert second.step_number == at
+        run.train(second, 12)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,20 @@ import torch
 from torch import Tensor
 
 from repscope.errors import CorruptSegment
-from repscope.snapshot import StreamKey
-from repscope.store import manifest, schema
+from repscope.snapshot import Snapshot, StreamKey
+from repscope.store import manifest, schema, wal
 from repscope.store.chunks import StoredPart
-from repscope.store.index import RESERVED, Part, Spans, from_spans, is_rows
+from repscope.store.index import (
+    LABELS,
+    RESERVED,
+    SCALARS,
+    Part,
+    Spans,
+    from_spans,
+    is_rows,
+)
+
+_TRIES = 20  # a writer folds its log every 10 s at most
 
 
 class Batch:
@@ -44,10 +55,13 @@ class Batch:
         self.tags = [(first + record, tag) for record, tag in frame["tags"]]
         self.parts: dict[StreamKey, list[StoredPart]] = {}
         for segment in frame["segments"]:
-            file = path / "segments" / f"{segment['number']:08d}.h5"
+            number, log = segment["number"], segment.get("log", False)
+            file = path / "segments" / f"{number:08d}.h5"
+            if log:
+                file = wal.path_of(path, number)
             for data in segment["parts"]:
                 part = Part.from_json(data)
-                stored = StoredPart(part, file, segment["bytes"], self.steps)
+                stored = StoredPart(part, file, segment["bytes"], self.steps, log)
                 self.parts.setdefault(part.key, []).append(stored)
 
     def rewind(self, step: int) -> None:
@@ -86,6 +100,22 @@ class Batch:
         return None
 
 
+def _frames(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the frames of the manifest, and what the log has beyond them."""
+    for _ in range(_TRIES):
+        before = (path / "MANIFEST").stat() if (path / "wal").is_dir() else None
+        frames = manifest.read(path)
+        logged, _ = wal.read(path, len(frames))
+        if before is None or _same_file(before, (path / "MANIFEST").stat()):
+            break
+        # The log was folded into a segment meanwhile: look again.
+    return frames, logged
+
+
+def _same_file(a: os.stat_result, b: os.stat_result) -> bool:
+    return (a.st_ino, a.st_size) == (b.st_ino, b.st_size)
+
+
 class Catalog:
     """Everything the manifest of a store says.
 
@@ -102,9 +132,11 @@ class Catalog:
         self.layouts: dict[StreamKey, tuple[str, list[int]]] = {}
         self.files: dict[int, int] = {}  # number -> bytes of every listed segment
         self._batches: list[Batch] = []
-        for frame in manifest.read(path):
+        frames, logged = _frames(path)
+        for frame in frames + logged:
             schema.check(path, frame)
             self._take(frame)
+        self.n_frames, self.n_logged = len(frames), len(logged)
         self._index()
 
     def _take(self, frame: Mapping[str, Any]) -> None:
@@ -124,8 +156,9 @@ class Catalog:
             self._batches.append(batch := Batch(self.path, first, frame))
             self._compare(batch)
             for segment in frame["segments"]:
-                self.files[segment["number"]] = segment["bytes"]
-            self.nbytes += sum(segment["bytes"] for segment in frame["segments"])
+                if not segment.get("log"):
+                    self.files[segment["number"]] = segment["bytes"]
+                    self.nbytes += segment["bytes"]
 
     def _compare(self, batch: Batch) -> None:
         """Refuse a stream whose parts do not fit together.
@@ -205,6 +238,31 @@ class Catalog:
                 found.update(batch.steps[records].tolist())
         return sorted(found)
 
+    def logged(self) -> list[Snapshot]:
+        """Return the records that only the log has."""
+        batches = self._batches[len(self._batches) - self.n_logged :]
+        return [self.snapshot(batch.first, list(batch.parts)) for batch in batches]
+
+    def snapshot(self, record: int, keys: list[StreamKey]) -> Snapshot:
+        """Return a record with those of the streams ``keys`` that it has."""
+        batch = self.batch(record)
+        here = {key for key in batch.parts if self.has(key, record)}
+        return Snapshot(
+            step=self.step(record),
+            streams={
+                key: self.load(key, record)
+                for key in keys
+                if key in here and key[0] not in RESERVED
+            },
+            labels=self.load(LABELS, record) if LABELS in here else None,
+            scalars={
+                key[1]: self.load(key, record).item()
+                for key in batch.parts
+                if key[0] == SCALARS and key in here
+            },
+            tags=self.tags_of(record),
+        )
+
     def keys_at(self, step: int) -> frozenset[StreamKey]:
         """Return what a step has: streams, labels and scalars."""
         return frozenset(
@@ -226,6 +284,13 @@ class Catalog:
                     count[key] += shape[0] if is_rows(key[0]) else 1
         return count
 
+    def places(self, key: StreamKey, record: int) -> list[tuple[Path, int]]:
+        """Return the files that hold a stream of a record, and their sizes."""
+        if not self._starts:
+            return []
+        found = self.batch(record).find(key, record)
+        return [(stored.path, stored.size) for stored, _, _ in found]
+
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
         """Return the shape of the tensor that `load` returns."""
         found = self.batch(record).find(key, record)
@@ -238,6 +303,22 @@ class Catalog:
         return rows, *part.row_shape
 
     def load(self, key: StreamKey, record: int) -> Tensor:
+        """Return a copy of what a record holds of a stream.
+
+        The writer may have moved it to another file since: then look there.
+
+        Raises:
+            CorruptSegment: If it is not where it should be now.
+        """
+        try:
+            return self._load(key, record)
+        except CorruptSegment:
+            now = Catalog(self.path)
+            if now.places(key, record) in ([], self.places(key, record)):
+                raise
+            return now._load(key, record)
+
+    def _load(self, key: StreamKey, record: int) -> Tensor:
         """Return a copy of what a record holds of a stream.
 
         Raises:
@@ -260,8 +341,21 @@ class Catalog:
             filled += size
         return out
 
-    def columns(self, target: str) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Yield layer, steps and stacked values of one-value streams, a part each."""
+    def columns(self, target: str) -> list[tuple[str, list[int], Tensor]]:
+        """Return layer, steps and stacked values of one-value streams, a part each.
+
+        Raises:
+            CorruptSegment: If one is not where it should be now.
+        """
+        try:
+            return list(self._columns(target))
+        except CorruptSegment:
+            now = Catalog(self.path)
+            if now.files == self.files:
+                raise
+            return list(now._columns(target))
+
+    def _columns(self, target: str) -> Iterator[tuple[str, list[int], Tensor]]:
         for batch in self._batches:
             for (kind, name), parts in batch.parts.items():
                 for stored in parts if kind == target else ():

@@ -26,6 +26,11 @@ _CRC = struct.Struct("<I")
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 
 
+def sync_data(fd: int) -> None:
+    """Make what was written to a file durable."""
+    _sync_data(fd)
+
+
 # -- FORMAT ------------------------------------------------------------------
 def write_format(path: Path) -> None:
     """Create the file ``FORMAT`` of a new store at ``path``."""

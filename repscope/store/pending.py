@@ -77,10 +77,10 @@ class Pending:
         self.nbytes += size
         return size
 
-    def rows(self) -> Counter[StreamKey]:
-        """Return how many rows of each stream wait here."""
+    def rows(self, *, first: int = 0) -> Counter[StreamKey]:
+        """Return how many rows of each stream wait here, from record ``first`` on."""
         count: Counter[StreamKey] = Counter()
-        for record in self.records:
+        for record in self.records[first:]:
             for key, tensor in record.tensors.items():
                 count[key] += len(tensor) if is_rows(key[0]) else 1
         return count

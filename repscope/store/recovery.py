@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from repscope.errors import CorruptSegment, NotAStore, UsageError
-from repscope.store import files, manifest
+from repscope.store import files, manifest, wal
 from repscope.store.catalog import Catalog
 from repscope.store.lock import Lock
-from repscope.store.writer import Writer
+from repscope.store.writer import Durability, Writer, check_durability
 
 _OWN = {"LOCK", "FORMAT", "MANIFEST", "segments", "wal"}
 
 
-def reopen(path: str | os.PathLike[str], *, at: int | None = None) -> Writer:
+def reopen(
+    path: str | os.PathLike[str],
+    *,
+    at: int | None = None,
+    durability: Durability = "batch",
+) -> Writer:
     """Return a writer that goes on with a store.
 
     What was acknowledged is there. What a dead writer left half done is put aside:
@@ -32,6 +37,7 @@ def reopen(path: str | os.PathLike[str], *, at: int | None = None) -> Writer:
         at: Go on after this step; records of later steps stay on disk and are hidden
             from every reader from now on. ``None`` goes on after the last
             acknowledged step.
+        durability: As for `create`; it may differ from before.
 
     Returns:
         A writer that holds the lock; its ``progress`` is the step to go on from.
@@ -42,13 +48,14 @@ def reopen(path: str | os.PathLike[str], *, at: int | None = None) -> Writer:
     path = Path(path)
     if at is not None and operator.index(at) < 0:
         raise UsageError(f"a run goes on at a step >= 0, got {at}")
+    check_durability(durability)
     manifest.check_format(path)  # no LOCK in a directory that is no store
     lock = Lock(path / "LOCK")
     try:
         with files.disk_errors(
             f"recovering the store {path}", advice="what was acknowledged is safe"
         ):
-            return _go_on(path, lock, at)
+            return _go_on(path, lock, at, durability)
     except BaseException:
         lock.release()
         raise
@@ -71,7 +78,7 @@ def is_stillborn(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def _go_on(path: Path, lock: Lock, at: int | None) -> Writer:
+def _go_on(path: Path, lock: Lock, at: int | None, durability: Durability) -> Writer:
     frames, whole, tail = manifest.load(path)
     if manifest.has_frame(tail):
         raise CorruptSegment(
@@ -81,6 +88,7 @@ def _go_on(path: Path, lock: Lock, at: int | None) -> Writer:
         )
     catalog = Catalog(path)
     done = catalog.done
+    snapshots = catalog.logged()
     found = _tidy(path, catalog, tail)
     writer = Writer(
         path,
@@ -96,7 +104,11 @@ def _go_on(path: Path, lock: Lock, at: int | None) -> Writer:
         notes = [*catalog.meta.get("recovered", []), found]
         frame["meta"] = {"recovered": notes}
     try:
+        if snapshots:
+            writer.fold(snapshots, done)
         writer.write_frame(frame)
+        _clear_logs(path, len(frames), torn="torn_log_bytes" in found)
+        writer.keep_log(durability)
         catalog = Catalog(path)
     except BaseException:
         writer.abort()
@@ -122,6 +134,8 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
         name = _free(path, "MANIFEST-tail")
         files.write_new(path / "quarantine" / name, tail)
         found["torn_bytes"] = len(tail)
+    if torn := wal.read(path, catalog.n_frames)[1]:
+        found["torn_log_bytes"] = torn
     listed = {f"{number:08d}.h5" for number in catalog.files}
     for file in sorted([*path.iterdir(), *(path / "segments").iterdir()]):
         if file.name.startswith(".tmp-") and not file.is_dir():
@@ -137,6 +151,16 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             files.sync_directory(folder)
     return found
+
+
+def _clear_logs(path: Path, number: int, *, torn: bool) -> None:
+    """Remove logs that are folded; put aside what has more than that."""
+    for file in sorted((path / "wal").glob("*")):
+        folded = file.name < f"{number + (not torn):08d}.log"
+        if folded and file.is_file():
+            file.unlink()
+        else:
+            file.rename(path / "quarantine" / _free(path, file.name))
 
 
 def _free(path: Path, name: str) -> str:

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import files, manifest, segment
+from repscope.store import files, manifest, segment, wal
 from repscope.store.catalog import Catalog
 from repscope.store.columns import plan
 from repscope.store.index import DTYPES, SCALARS, to_spans
@@ -24,13 +24,22 @@ from repscope.store.pending import Layout, Pending, settle_scalars
 SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
 
+Durability = Literal["batch", "append"]
 
-def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Writer:
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    meta: Mapping[str, object],
+    durability: Durability = "batch",
+) -> Writer:
     """Make a new store and return its writer.
 
     Args:
         path: Where the directory of the store will be; parents are made.
         meta: JSON-able facts about the run.
+        durability: ``"append"`` makes every `Writer.append` durable before it returns;
+            ``"batch"`` leaves that to `Writer.commit`.
 
     Returns:
         A writer that holds the lock of the store until `Writer.close`.
@@ -39,6 +48,7 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
         StoreExists: If anything is at ``path``; it is left as it was.
     """
     path, facts = Path(path), as_json(meta)
+    check_durability(durability)
     try:
         files.make_directory(path)
     except FileExistsError as error:
@@ -48,13 +58,13 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
         ) from None
     try:
         with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            return _begin(path, facts)
+            return _begin(path, facts, durability)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
 
 
-def _begin(path: Path, facts: Mapping[str, Any]) -> Writer:
+def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
     """Return the writer of a store in a new directory."""
     lock = Lock(path / "LOCK")
     try:
@@ -68,6 +78,7 @@ def _begin(path: Path, facts: Mapping[str, Any]) -> Writer:
     try:
         writer.write_frame({"created": time.time(), "meta": dict(facts)})
         files.sync_directory(path)
+        writer.keep_log(durability)
     except BaseException:
         writer.abort()
         raise
@@ -121,6 +132,8 @@ class Writer:
         self._pid = os.getpid()
         self._notes: dict[str, Any] = {}
         self._noted: int | None = None
+        self._log: wal.Log | None = None
+        self._logged = 0  # pending records that the log has
         self._next_segment = 0
         self._closed = False
         self._lock = lock
@@ -139,6 +152,14 @@ class Writer:
             self._next_segment = max(catalog.files, default=-1) + 1
         self._committed = time.monotonic()
 
+    def fold(self, snapshots: list[Snapshot], progress: int) -> None:
+        """Move what a dead writer left in its log into a segment."""
+        for snapshot in snapshots:
+            self._pending.add(snapshot)
+        self._logged = len(snapshots)  # counted by the catalog
+        self.progress = progress
+        self.commit()
+
     def start_from(
         self, step: int, *, recorded: frozenset[StreamKey], recovered: dict[str, Any]
     ) -> None:
@@ -146,6 +167,11 @@ class Writer:
         self.progress = self._noted = step
         self.recorded = recorded
         self.recovered = recovered
+
+    def keep_log(self, durability: Durability) -> None:
+        """From now on make every append durable, or do not."""
+        if durability == "append":
+            self._log = wal.Log(self.path, self._manifest.seq)
 
     def append(self, snapshot: Snapshot) -> None:
         """Take a snapshot for the next commit, and commit when it is time.
@@ -163,6 +189,20 @@ class Writer:
         full = self._pending.nbytes + size > _data_bytes()
         if full or time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
+        elif self._log is not None:
+            with self._disk_errors():
+                self._write_log(self._log)
+
+    def _write_log(self, log: wal.Log) -> None:
+        """Make what the log does not have yet durable."""
+        if not log.sound:
+            self.commit()
+            return
+        records = self._pending.records[self._logged :]
+        settle_scalars(records)
+        log.append(records, self.progress)
+        self._acked += self._pending.rows(first=self._logged)
+        self._logged += len(records)
 
     def annotate(self, **meta: object) -> None:
         """Note facts that were not known at the start; the next commit writes them.
@@ -243,6 +283,8 @@ class Writer:
     def _let_go(self) -> None:
         self._closed = True
         self._pending.clear()
+        if self._log is not None:
+            self._log.close()
         self._manifest.close()
         self._lock.release()
 
@@ -266,8 +308,11 @@ class Writer:
         # and their numbers are never used again.
         self._next_segment += len(written)
         self._manifest.sync()
-        self._acked += self._pending.rows()
+        self._acked += self._pending.rows(first=self._logged)
+        self._logged = 0
         self._pending.clear()
+        if self._log is not None:
+            self._log.restart(self._manifest.seq)
         self._notes = {}
         self._noted = frame.get("progress")
 
@@ -305,6 +350,19 @@ class Writer:
             "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
             "segments": segments,
         }
+
+
+def check_durability(durability: str) -> None:
+    """Refuse what is no durability.
+
+    Args:
+        durability: What the user asked for.
+
+    Raises:
+        UsageError: If it is neither ``"batch"`` nor ``"append"``.
+    """
+    if durability not in ("batch", "append"):
+        raise UsageError(f"durability is 'batch' or 'append', got {durability!r}")
 
 
 def _data_bytes() -> int:
