@@ -88,6 +88,10 @@ class ClosedStore(StoreError):
     """The store or recorder was used after ``close()``."""
 
 
+class ProbeMismatch(StoreError, ValueError):
+    """A resumed run was given another probe than the one it was recorded with."""
+
+
 # -- capture -----------------------------------------------------------------
 class CaptureError(RepScopeError, RuntimeError):
     """Something about attaching to a model or copying out of it."""

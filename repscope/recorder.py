@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.metadata
+import operator
 import os
 import platform
 import warnings
@@ -31,7 +32,13 @@ from repscope.capture import (
 from repscope.capture.probe import as_probe
 from repscope.capture.selection import LayerSpec
 from repscope.capture.targets import check_targets
-from repscope.errors import CaptureError, ClosedStore, RepScopeWarning, UsageError
+from repscope.errors import (
+    CaptureError,
+    ClosedStore,
+    ProbeMismatch,
+    RepScopeWarning,
+    UsageError,
+)
 from repscope.optim import describe
 from repscope.snapshot import Snapshot, StreamKey
 
@@ -62,7 +69,7 @@ class Recorder:
 
     Args:
         model: Any module; it is only weakly referenced.
-        path: Where the store goes; it must not exist.
+        path: Where the store goes; it must not exist, unless ``resume`` is given.
         layers: A glob over leaf modules, an exact name (containers too), a module
             type, a predicate ``(name, module) -> bool``, or a list of these.
         capture: Targets: ``"outputs"`` of the selected layers, ``"weights"`` (every
@@ -72,6 +79,13 @@ class Recorder:
         probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
         optimizer: Its class and hyper-parameters are written into the store.
         meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
+        durability: ``"batch"`` makes the record durable every 10 s or 64 MiB;
+            ``"append"`` every step before `step` returns (it then waits for the disk,
+            and for the GPU if a scalar is there).
+        resume: ``True`` goes on with the run at ``path`` after its last acknowledged
+            step, or makes it if nothing is there. An int is the step of the
+            checkpoint that was loaded: what was recorded after it stays on disk and
+            is hidden from now on. Call `commit` where you save a checkpoint.
         on_error: ``"warn"`` never breaks a training run: the first error stops the
             recording, is warned about once, kept in `error`, and raised by
             `commit()` and `close()`. ``"raise"`` raises it at `step()`.
@@ -86,7 +100,10 @@ class Recorder:
         LayerNeverFired: If a layer named exactly does not run on the probe.
         AlreadyAttached: If the model has a recorder.
         StoreExists: If something is at ``path``; it is left untouched.
-        UsageError: If an argument cannot be understood.
+        StoreLocked: If the run to resume is being recorded by somebody.
+        ProbeMismatch: If the run to resume was recorded with another probe.
+        UsageError: If an argument cannot be understood, or the run to resume was
+            recorded with other layers or targets.
 
     Example:
         >>> import tempfile
@@ -116,6 +133,8 @@ class Recorder:
         optimizer: torch.optim.Optimizer | None = None,
         meta: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        durability: Literal["batch", "append"] = "batch",
+        resume: bool | int = False,
     ) -> None:
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error is 'warn' or 'raise', got {on_error!r}")
@@ -136,18 +155,17 @@ class Recorder:
         self._closed = False
         self._taps = Taps(model, chosen)
         try:
-            self._writer = store.create(path, meta=facts)
+            self._writer, new = _writer(Path(path), facts, resume, durability)
         except BaseException:
             self._taps.detach()
             raise
         self.path = self._writer.path
         try:
-            self._writer.append(Snapshot(0, *self._look()))
-            self._follow()
+            self._start(new)
         except BaseException:
             # Nothing half-written stays behind a constructor that failed.
             self._taps.detach()
-            self._writer.discard()
+            (self._writer.discard if new else self._writer.abort)()
             raise
         # Runs when the recorder is dropped or the program ends without close(). Not by
         # its own atexit flag: that would come after HDF5 has shut itself down.
@@ -156,6 +174,32 @@ class Recorder:
         )
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
+
+    def _start(self, new: bool) -> None:
+        """Capture the step to start from, unless the store has it."""
+        step = self.step_number = self._first = self._writer.progress or 0
+        self._writer.progress = step
+        if new:
+            self._writer.append(Snapshot(0, *self._look()))
+        self._due_now = self._due(step)
+        if not new and self._due_now:
+            seen = {target for target, _ in self._writer.recorded}
+            if any(self._looks_at(t) and t not in seen for t in self._targets):
+                self._add(Snapshot(step, *self._look()))
+        self._follow()
+
+    def _looks_at(self, target: str) -> bool:
+        return TARGETS[target] is not None or self._probe is not None
+
+    def _add(self, snapshot: Snapshot) -> None:
+        """Record a snapshot, without what a resumed store has of this step."""
+        known = self._writer.recorded if snapshot.step == self._first else ()
+        streams = {k: v for k, v in snapshot.streams.items() if k not in known}
+        scalars = {k: v for k, v in snapshot.scalars.items()
+                   if ("scalars", k) not in known}  # fmt: skip
+        if streams or scalars:
+            labels = snapshot.labels if streams else None
+            self._writer.append(Snapshot(snapshot.step, streams, labels, scalars))
 
     def _describe(
         self, chosen: list[Any], optimizer: torch.optim.Optimizer | None
@@ -203,6 +247,7 @@ class Recorder:
         if self.error is not None:
             return
         try:
+            self._writer.progress = self.step_number
             self._finish_forward(before, loss, labels)
             self._due_now = self._due(self.step_number)  # asked once a step
             streams, y = self._look() if self._due_now else ({}, None)
@@ -336,7 +381,7 @@ class Recorder:
                 y = as_labels(labels, n_samples=n, device=cpu)
         scalars = {} if loss is None else _detached({"loss": loss})
         if streams or scalars:
-            self._writer.append(Snapshot(step, streams, y, scalars))
+            self._add(Snapshot(step, streams, y, scalars))
 
     def _outputs(self, taken: Taken) -> dict[StreamKey, Tensor]:
         """Return the streams; name those that the labels do not belong to."""
@@ -386,6 +431,65 @@ def _close_abandoned(taps: Taps, writer: store.Writer, pid: int) -> None:
         RepScopeWarning,
         stacklevel=2,
     )
+
+
+def _writer(
+    path: Path,
+    facts: dict[str, Any],
+    resume: bool | int,
+    durability: Literal["batch", "append"],
+) -> tuple[store.Writer, bool]:
+    """Return a writer for the run at ``path``, and whether that is a new store."""
+    if resume is False:
+        return store.create(path, meta=facts, durability=durability), True
+    at = None if resume is True else operator.index(resume)
+    if not at and store.is_stillborn(path):
+        store.remove(path)
+    if not at and not os.path.lexists(path):
+        return store.create(path, meta=facts, durability=durability), True
+    run = store.open(path)
+    _check_same(run, facts["recorder"])
+    writer = store.reopen(path, at=at, durability=durability)
+    if at is not None and at > run.progress:
+        warnings.warn(
+            f"{path} was last made durable at step {run.progress}, and goes on at step "
+            f"{at}: what was recorded in between is missing; commit() where you save a "
+            "checkpoint",
+            RepScopeWarning,
+            stacklevel=3,
+        )
+    writer.annotate(**{name: facts[name] for name in facts if name != "recorder"})
+    if run.meta.get("interrupted"):
+        writer.annotate(interrupted=None)
+    return writer, False
+
+
+def _check_same(run: store.Run, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that recorded something else.
+
+    Raises:
+        ProbeMismatch: If it had another probe, or none.
+        UsageError: If it had other layers or targets.
+    """
+    was = run.meta.get("recorder") or {}
+    if was.get("probe") != now["probe"]:
+        raise ProbeMismatch(
+            f"{run.path} was recorded on {_inputs(was)}, not on {_inputs(now)}: one "
+            "run has one probe; give the same, or record into a new store"
+        )
+    for what in ("layers", "targets"):
+        if sorted(was.get(what, ())) != sorted(now[what]):
+            raise UsageError(
+                f"{run.path} was recorded with {what} {sorted(was.get(what, ()))}, not "
+                f"{sorted(now[what])}; select the same, or record into a new store"
+            )
+
+
+def _inputs(facts: Mapping[str, Any]) -> str:
+    probe = facts.get("probe")
+    if probe is None:
+        return "training batches"
+    return f"a probe of {probe['n_samples']} samples (sha256 {probe['sha256'][:12]})"
 
 
 def _detached(scalars: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:

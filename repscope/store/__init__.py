@@ -1,10 +1,11 @@
 """Stores: one directory per run that loses no acknowledged row.
 
-A store is written once, by one `Writer`, as immutable HDF5 segments and an append-only
-manifest, and read as a `Run`, also while it is being written.
+A store is written by one `Writer` at a time, as immutable HDF5 segments and an
+append-only manifest, and read as a `Run`, also while it is being written.
 """
 
 from repscope.store.reader import Run, open
+from repscope.store.recovery import is_stillborn, reopen
 from repscope.store.writer import Writer, create, remove
 
-__all__ = ["Run", "Writer", "create", "open", "remove"]
+__all__ = ["Run", "Writer", "create", "is_stillborn", "open", "remove", "reopen"]

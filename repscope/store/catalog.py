@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repscope.snapshot import StreamKey
-from repscope.store import manifest
+from repscope.errors import CorruptSegment
+from repscope.snapshot import Snapshot, StreamKey
+from repscope.store import manifest, schema, wal
 from repscope.store.chunks import StoredPart
-from repscope.store.index import RESERVED, Part, Spans, from_spans
+from repscope.store.index import (
+    LABELS,
+    RESERVED,
+    SCALARS,
+    Part,
+    Spans,
+    from_spans,
+    is_rows,
+)
+
+_TRIES = 20  # a writer folds its log every 10 s at most
 
 
 class Batch:
@@ -24,19 +38,35 @@ class Batch:
         path: The store.
         first: Number, within the run, of the first record.
         frame: Its manifest frame.
+
+    Attributes:
+        first: As given.
+        steps: Step of every record.
+        visible: Whether each record counts, rather than being hidden by a rewind.
+        tags: Pairs of a record, numbered within the run, and its tag.
+        parts: Where the rows of each stream are.
     """
 
     def __init__(self, path: Path, first: int, frame: Mapping[str, Any]) -> None:
         self.first = first
         self.steps = from_spans(frame["steps"])
+        self.visible = np.ones(len(self.steps), bool)
+        self.visible[from_spans(frame.get("hidden", []))] = False
         self.tags = [(first + record, tag) for record, tag in frame["tags"]]
         self.parts: dict[StreamKey, list[StoredPart]] = {}
         for segment in frame["segments"]:
-            file = path / "segments" / f"{segment['number']:08d}.h5"
+            number, log = segment["number"], segment.get("log", False)
+            file = path / "segments" / f"{number:08d}.h5"
+            if log:
+                file = wal.path_of(path, number)
             for data in segment["parts"]:
                 part = Part.from_json(data)
-                stored = StoredPart(part, file, segment["bytes"], self.steps)
+                stored = StoredPart(part, file, segment["bytes"], self.steps, log)
                 self.parts.setdefault(part.key, []).append(stored)
+
+    def rewind(self, step: int) -> None:
+        """Hide every record after ``step``."""
+        self.visible &= self.steps <= step
 
     def find(self, key: StreamKey, record: int) -> list[tuple[StoredPart, int, int]]:
         """Return where the rows of a record are: part, start, rows; empty if absent."""
@@ -48,7 +78,7 @@ class Batch:
         return found
 
     def records(self) -> list[int]:
-        """Return the numbers of the records that have a stream, ascending."""
+        """Return the numbers of visible records that have a stream, ascending."""
         # Streams recorded together share their spans: decode each kind once.
         kinds: dict[str, Spans] = {
             str(stored.part.records): stored.part.records
@@ -58,7 +88,32 @@ class Batch:
         }
         every = [from_spans(spans) for spans in kinds.values()]
         unique = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
-        return [self.first + int(record) for record in unique]
+        return [self.first + int(record) for record in unique[self.visible[unique]]]
+
+    def last(self, parts: list[StoredPart]) -> int | None:
+        """Return the number of the last visible record of a stream."""
+        for stored in reversed(parts):
+            records = stored.part.where[0]
+            records = records[self.visible[records]]
+            if len(records):
+                return self.first + int(records[-1])
+        return None
+
+
+def _frames(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the frames of the manifest, and what the log has beyond them."""
+    for _ in range(_TRIES):
+        before = (path / "MANIFEST").stat() if (path / "wal").is_dir() else None
+        frames = manifest.read(path)
+        logged, _ = wal.read(path, len(frames))
+        if before is None or _same_file(before, (path / "MANIFEST").stat()):
+            break
+        # The log was folded into a segment meanwhile: look again.
+    return frames, logged
+
+
+def _same_file(a: os.stat_result, b: os.stat_result) -> bool:
+    return (a.st_ino, a.st_size) == (b.st_ino, b.st_size)
 
 
 class Catalog:
@@ -69,36 +124,83 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.meta: dict[str, Any] = {}
         self.closed = False
+        self.progress = 0
         self.nbytes = 0
+        self.layouts: dict[StreamKey, tuple[str, list[int]]] = {}
+        self.files: dict[int, int] = {}  # number -> bytes of every listed segment
+        self._batches: list[Batch] = []
+        frames, logged = _frames(path)
+        for frame in frames + logged:
+            schema.check(path, frame)
+            self._take(frame)
+        self.n_frames, self.n_logged = len(frames), len(logged)
+        self._index()
+
+    def _take(self, frame: Mapping[str, Any]) -> None:
+        """Follow one frame."""
+        self.meta |= frame.get("meta", {})
+        self.closed = frame.get("closed", False)
+        self.progress = frame.get("progress", self.progress)
+        if "reopened" in frame:
+            self.meta.pop("interrupted", None)
+        if "rewind" in frame:
+            self.progress = frame["rewind"]
+            for batch in self._batches:
+                batch.rewind(frame["rewind"])
+        if frame.get("steps"):
+            before = self._batches[-1] if self._batches else None
+            first = before.first + len(before.steps) if before else 0
+            self._batches.append(batch := Batch(self.path, first, frame))
+            self._compare(batch)
+            for segment in frame["segments"]:
+                if not segment.get("log"):
+                    self.files[segment["number"]] = segment["bytes"]
+                    self.nbytes += segment["bytes"]
+
+    def _compare(self, batch: Batch) -> None:
+        """Refuse a stream whose parts do not fit together.
+
+        Raises:
+            CorruptSegment: If they do not.
+        """
+        for key, parts in batch.parts.items():
+            for part in (stored.part for stored in parts):
+                now = part.dtype, list(part.row_shape)
+                if self.layouts.setdefault(key, now) != now:
+                    raise CorruptSegment(
+                        f"{self.path}/MANIFEST gives {key[0]} of layer {key[1]!r} two "
+                        f"layouts, {self.layouts[key]} and {now}; restore it from a "
+                        "copy"
+                    )
+
+    def _index(self) -> None:
+        """Make the tables of what is visible."""
+        self._starts = [batch.first for batch in self._batches]
         self.records: list[int] = []
         self.by_step: dict[int, list[int]] = {}
         self.tags: dict[str, int] = {}
         self.last: dict[StreamKey, int] = {}
-        self._batches: list[Batch] = []
-        self._starts: list[int] = []
-        count = 0
-        for frame in manifest.read(path):
-            self.meta |= frame.get("meta", {})
-            self.closed = frame.get("closed", False)
-            if frame.get("steps"):
-                self._add(batch := Batch(path, count, frame))
-                self.nbytes += sum(segment["bytes"] for segment in frame["segments"])
-                count += len(batch.steps)
+        self.last_step = -1
+        for batch in self._batches:
+            seen = batch.visible
+            self.last_step = max(self.last_step, *batch.steps[seen].tolist(), -1)
+            self.tags |= {tag: r for r, tag in batch.tags if seen[r - batch.first]}
+            for record in batch.records():
+                self.records.append(record)
+                step = int(batch.steps[record - batch.first])
+                self.by_step.setdefault(step, []).append(record)
+            for key, parts in batch.parts.items():
+                if (last := batch.last(parts)) is not None:
+                    self.last[key] = last
         self.steps = sorted(self.by_step)
 
-    def _add(self, batch: Batch) -> None:
-        self._batches.append(batch)
-        self._starts.append(batch.first)
-        self.tags |= {tag: record for record, tag in batch.tags}
-        for record in batch.records():
-            self.records.append(record)
-            self.by_step.setdefault(int(batch.steps[record - batch.first]), []).append(
-                record
-            )
-        for key, parts in batch.parts.items():
-            self.last[key] = batch.first + int(parts[-1].part.where[0][-1])
+    @property
+    def done(self) -> int:
+        """Optimizer updates that the last commit knew of."""
+        return max(self.progress, self.last_step, 0)
 
     def batch(self, record: int) -> Batch:
         """Return the batch that holds a record."""
@@ -131,8 +233,63 @@ class Catalog:
         found: set[int] = set()
         for batch in self._batches:
             for stored in batch.parts.get(key, ()):
-                found.update(batch.steps[stored.part.where[0]].tolist())
+                records = stored.part.where[0]
+                records = records[batch.visible[records]]
+                found.update(batch.steps[records].tolist())
         return sorted(found)
+
+    def logged(self) -> list[Snapshot]:
+        """Return the records that only the log has."""
+        batches = self._batches[len(self._batches) - self.n_logged :]
+        return [self.snapshot(batch.first, list(batch.parts)) for batch in batches]
+
+    def snapshot(self, record: int, keys: list[StreamKey]) -> Snapshot:
+        """Return a record with those of the streams ``keys`` that it has."""
+        batch = self.batch(record)
+        here = {key for key in batch.parts if self.has(key, record)}
+        return Snapshot(
+            step=self.step(record),
+            streams={
+                key: self.load(key, record)
+                for key in keys
+                if key in here and key[0] not in RESERVED
+            },
+            labels=self.load(LABELS, record) if LABELS in here else None,
+            scalars={
+                key[1]: self.load(key, record).item()
+                for key in batch.parts
+                if key[0] == SCALARS and key in here
+            },
+            tags=self.tags_of(record),
+        )
+
+    def keys_at(self, step: int) -> frozenset[StreamKey]:
+        """Return what a step has: streams, labels and scalars."""
+        return frozenset(
+            key
+            for batch in self._batches
+            for record in np.flatnonzero(batch.visible & (batch.steps == step))
+            for key in batch.parts
+            if batch.find(key, batch.first + int(record))
+        )
+
+    def rows(self) -> Counter[StreamKey]:
+        """Return how many visible rows (tensors, for weights) each stream has."""
+        count: Counter[StreamKey] = Counter()
+        for batch in self._batches:
+            for key, parts in batch.parts.items():
+                records = np.unique(np.concatenate([p.part.where[0] for p in parts]))
+                for record in records[batch.visible[records]] + batch.first:
+                    shape = self.shape(key, int(record))
+                    count[key] += shape[0] if is_rows(key[0]) else 1
+        return count
+
+    def places(self, key: StreamKey, record: int) -> list[tuple[Path, int]]:
+        """Return the files that hold a stream of a record, and their sizes."""
+        if not self._starts:
+            return []
+        found = self.batch(record).find(key, record)
+        return [(stored.path, stored.size) for stored, _, _ in found]
 
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
         """Return the shape of the tensor that `load` returns."""
@@ -146,10 +303,37 @@ class Catalog:
         return rows, *part.row_shape
 
     def load(self, key: StreamKey, record: int) -> Tensor:
-        """Return a copy of what a record holds of a stream."""
+        """Return a copy of what a record holds of a stream.
+
+        The writer may have moved it to another file since: then look there.
+
+        Raises:
+            CorruptSegment: If it is not where it should be now.
+        """
+        try:
+            return self._load(key, record)
+        except CorruptSegment:
+            now = Catalog(self.path)
+            if now.places(key, record) in ([], self.places(key, record)):
+                raise
+            return now._load(key, record)
+
+    def _load(self, key: StreamKey, record: int) -> Tensor:
+        """Return a copy of what a record holds of a stream.
+
+        Raises:
+            CorruptSegment: If the manifest contradicts itself about it.
+        """
         found = self.batch(record).find(key, record)
-        shape = self.shape(key, record)
-        out = torch.empty(shape, dtype=found[0][0].part.torch_dtype)
+        shape, dtype = self.shape(key, record), found[0][0].part.torch_dtype
+        nbytes = sum(rows * stored.part.row_bytes for stored, _, rows in found)
+        if nbytes != math.prod(shape) * dtype.itemsize:
+            raise CorruptSegment(
+                f"{self.path}/MANIFEST gives {key[0]} of layer {key[1]!r} at step "
+                f"{self.step(record)} the shape {shape}, but {nbytes} bytes; restore "
+                "it from a copy"
+            )
+        out = torch.empty(shape, dtype=dtype)
         raw, filled = out.reshape(-1).view(torch.uint8).numpy(), 0
         for stored, start, rows in found:
             size = rows * stored.part.row_bytes
@@ -157,12 +341,29 @@ class Catalog:
             filled += size
         return out
 
-    def columns(self, target: str) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Yield layer, steps and stacked values of one-value streams, a part each."""
+    def columns(self, target: str) -> list[tuple[str, list[int], Tensor]]:
+        """Return layer, steps and stacked values of one-value streams, a part each.
+
+        Raises:
+            CorruptSegment: If one is not where it should be now.
+        """
+        try:
+            return list(self._columns(target))
+        except CorruptSegment:
+            now = Catalog(self.path)
+            if now.files == self.files:
+                raise
+            return list(now._columns(target))
+
+    def _columns(self, target: str) -> Iterator[tuple[str, list[int], Tensor]]:
         for batch in self._batches:
             for (kind, name), parts in batch.parts.items():
                 for stored in parts if kind == target else ():
                     part = stored.part
+                    records = part.where[0]
+                    seen = batch.visible[records]
+                    if not seen.any():
+                        continue
                     out = torch.empty(part.shape, dtype=part.torch_dtype)
                     stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
-                    yield name, batch.steps[part.where[0]].tolist(), out
+                    yield name, batch.steps[records[seen]].tolist(), out[seen]

@@ -33,12 +33,14 @@ class StoredPart:
         path: The segment.
         size: Bytes of the segment.
         steps: Step of every record of the batch.
+        grows: The file is a log, which may be longer by now.
     """
 
     part: Part
     path: Path
     size: int
     steps: Ints
+    grows: bool = False
 
     def read(self, start: int, rows: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes of ``rows`` rows from ``start`` on.
@@ -53,6 +55,8 @@ class StoredPart:
         """  # noqa: DOC502 - raised by _blame, which names the steps
         if not len(out):
             return
+        if start + rows > self.part.shape[0]:
+            self._blame("has fewer rows than the manifest says")
         fd = self._open()
         try:
             stat = os.fstat(fd)
@@ -76,7 +80,7 @@ class StoredPart:
         except (FileNotFoundError, NotADirectoryError):
             self._blame("is missing")
         size = os.fstat(fd).st_size
-        if size != self.size:
+        if size < self.size or (size > self.size and not self.grows):
             os.close(fd)
             self._blame(f"has {size} bytes instead of {self.size}")
         return fd

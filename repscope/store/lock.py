@@ -42,7 +42,8 @@ class Lock:
             self._file.close()
             raise StoreLocked(
                 f"{path.parent} is being written by {holder}; close that writer first, "
-                "or record into another path"
+                "or record into another path (in distributed training, give every rank "
+                "a path of its own)"
             ) from None
         except BaseException:
             self._file.close()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repscope.errors import FormatTooNew, NotAStore
+from repscope.errors import CorruptSegment, FormatTooNew, NotAStore
 from repscope.store import files
 
 VERSION = 1
@@ -24,6 +24,11 @@ _HEAD = struct.Struct("<4sQI")
 _CRC = struct.Struct("<I")
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
+
+
+def sync_data(fd: int) -> None:
+    """Make what was written to a file durable."""
+    _sync_data(fd)
 
 
 # -- FORMAT ------------------------------------------------------------------
@@ -83,6 +88,12 @@ def decode(data: bytes) -> Iterator[dict[str, Any]]:
     Yields:
         One decoded JSON object per frame, in order.
     """
+    for body, _ in scan(data):
+        yield body
+
+
+def scan(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield what `decode` does, each with the offset of the byte after the frame."""
     view, offset, expected = memoryview(data), 0, 0
     while offset + _HEAD.size + _CRC.size <= len(view):
         magic, seq, length = _HEAD.unpack_from(view, offset)
@@ -91,8 +102,9 @@ def decode(data: bytes) -> Iterator[dict[str, Any]]:
             return
         if _CRC.unpack_from(view, end) != (zlib.crc32(view[offset:end]),):
             return
-        yield json.loads(bytes(view[offset + _HEAD.size : end]))
+        body = json.loads(bytes(view[offset + _HEAD.size : end]))
         offset, expected = end + _CRC.size, expected + 1
+        yield body, offset
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -103,33 +115,80 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         At least one frame.
+    """
+    frames, _, _ = load(path)
+    return frames
+
+
+def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
+    """Return the frames of a store, their bytes, and what follows them.
+
+    Args:
+        path: The store.
+
+    Returns:
+        At least one frame; all whole frames; a tail that was never acknowledged.
 
     Raises:
         NotAStore: If there is no whole frame.
+        CorruptSegment: If a frame with a good checksum is no JSON.
     """
     check_format(path)
-    frames = list(decode((path / "MANIFEST").read_bytes()))
-    if not frames:
+    data = (path / "MANIFEST").read_bytes()
+    try:
+        found = list(scan(data))
+    except (ValueError, RecursionError) as error:
+        raise CorruptSegment(
+            f"{path}/MANIFEST holds a frame that is no JSON ({error!r:.80}), though "
+            "its checksum is good: no RepScope wrote it so. Restore it from a copy"
+        ) from None
+    if not found:
         raise NotAStore(
             f"{path}/MANIFEST holds no whole frame: nothing was ever recorded here"
         )
-    return frames
+    end = found[-1][1]
+    return [body for body, _ in found], data[:end], data[end:]
+
+
+def has_frame(data: bytes) -> bool:
+    """Return whether a whole frame is anywhere in ``data``."""
+    at = data.find(_MAGIC)
+    while 0 <= at <= len(data) - _HEAD.size - _CRC.size:
+        _, _, length = _HEAD.unpack_from(data, at)
+        end = at + _HEAD.size + length
+        if data[end : end + _CRC.size] == _CRC.pack(zlib.crc32(data[at:end])):
+            return True
+        at = data.find(_MAGIC, at + 1)
+    return False
 
 
 class Manifest:
     """The writer's end of a manifest: `write` a frame, then `sync` it.
 
     Args:
-        path: The store; its manifest must not exist.
+        path: The store; its manifest must not exist, unless it goes on.
+        frames: How many whole frames are there; 0 for a new manifest.
+        size: Bytes of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, frames: int = 0, size: int = 0) -> None:
         self._path = path / "MANIFEST"
-        self._file = self._path.open("xb", buffering=0)
-        self._seq = 0
-        self._good = 0  # bytes known to be durable
-        self._written = 0
-        self._suspect = False
+        self._file = self._path.open("r+b" if frames else "xb", buffering=0)
+        self._seq = frames
+        self._good = size  # bytes known to be durable
+        self._written = size
+        # Whoever wrote the last frame may have died before it was durable.
+        self._suspect = frames > 0
+
+    @property
+    def seq(self) -> int:
+        """Sequence number of the next frame."""
+        return self._seq
+
+    @property
+    def size(self) -> int:
+        """Bytes of the durable frames."""
+        return self._good
 
     def write(self, body: dict[str, Any]) -> None:
         """Write a frame after the durable ones, over what a failure left there."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -39,10 +40,14 @@ class Layout(NamedTuple):
 
 
 class Pending:
-    """The records of the next commit, and the layout of every stream so far."""
+    """The records of the next commit, and the layout of every stream so far.
 
-    def __init__(self) -> None:
-        self._layouts: dict[StreamKey, Layout] = {}
+    Args:
+        layouts: Of the streams that the store has already.
+    """
+
+    def __init__(self, layouts: Mapping[StreamKey, Layout] = MappingProxyType({})):
+        self._layouts = dict(layouts)
         self._labels: Tensor | None = None
         self.clear()
 
@@ -72,10 +77,10 @@ class Pending:
         self.nbytes += size
         return size
 
-    def rows(self) -> Counter[StreamKey]:
-        """Return how many rows of each stream wait here."""
+    def rows(self, *, first: int = 0) -> Counter[StreamKey]:
+        """Return how many rows of each stream wait here, from record ``first`` on."""
         count: Counter[StreamKey] = Counter()
-        for record in self.records:
+        for record in self.records[first:]:
             for key, tensor in record.tensors.items():
                 count[key] += len(tensor) if is_rows(key[0]) else 1
         return count

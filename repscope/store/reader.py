@@ -93,6 +93,11 @@ class Run:
         return self._catalog.closed
 
     @property
+    def progress(self) -> int:
+        """Optimizer updates done when the run was last made durable."""
+        return self._catalog.done
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the segments on disk."""
         return self._catalog.nbytes
@@ -204,24 +209,9 @@ class Run:
         keys = self._chosen_streams(target, layers)
         for record in self._catalog.records:
             if any(self._catalog.has(key, record) for key in keys):
-                yield self._snapshot(record, keys)
+                yield self._catalog.snapshot(record, keys)
 
     # -- finding -------------------------------------------------------------
-    def _snapshot(self, record: int, keys: list[StreamKey]) -> Snapshot:
-        catalog = self._catalog
-        here = {key for key in catalog.batch(record).parts if catalog.has(key, record)}
-        return Snapshot(
-            step=catalog.step(record),
-            streams={key: catalog.load(key, record) for key in keys if key in here},
-            labels=catalog.load(LABELS, record) if LABELS in here else None,
-            scalars={
-                key[1]: catalog.load(key, record).item()
-                for key in catalog.batch(record).parts
-                if key[0] == SCALARS and key in here
-            },
-            tags=catalog.tags_of(record),
-        )
-
     def _key(self, target: str, layer: str) -> StreamKey:
         if (target, layer) in self._catalog.last and target not in RESERVED:
             return target, layer

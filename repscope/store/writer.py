@@ -11,26 +11,36 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import files, manifest, segment
+from repscope.store import files, manifest, segment, wal
+from repscope.store.catalog import Catalog
 from repscope.store.columns import plan
-from repscope.store.index import to_spans
+from repscope.store.index import DTYPES, SCALARS, to_spans
 from repscope.store.lock import Lock
-from repscope.store.pending import Pending, settle_scalars
+from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
 
+Durability = Literal["batch", "append"]
 
-def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Writer:
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    meta: Mapping[str, object],
+    durability: Durability = "batch",
+) -> Writer:
     """Make a new store and return its writer.
 
     Args:
         path: Where the directory of the store will be; parents are made.
         meta: JSON-able facts about the run.
+        durability: ``"append"`` makes every `Writer.append` durable before it returns;
+            ``"batch"`` leaves that to `Writer.commit`.
 
     Returns:
         A writer that holds the lock of the store until `Writer.close`.
@@ -38,11 +48,9 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
     Raises:
         StoreExists: If anything is at ``path``; it is left as it was.
     """
-    # Loaded now and not at the first commit, which may come at the program's exit: the
-    # library ends itself there, after whoever registered later than its import.
-    importlib.import_module("h5py")
     # Absolute: a script may change its folder while it is recorded.
     path, facts = Path(path).absolute(), as_json(meta)
+    check_durability(durability)
     try:
         files.make_directory(path)
     except FileExistsError as error:
@@ -52,10 +60,31 @@ def create(path: str | os.PathLike[str], *, meta: Mapping[str, object]) -> Write
         ) from None
     try:
         with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            return Writer(path, facts)
+            return _begin(path, facts, durability)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
+    """Return the writer of a store in a new directory."""
+    lock = Lock(path / "LOCK")
+    try:
+        manifest.write_format(path)
+        (path / "segments").mkdir()
+        frames = manifest.Manifest(path)
+    except BaseException:
+        lock.release()
+        raise
+    writer = Writer(path, lock, frames)
+    try:
+        writer.write_frame({"created": time.time(), "meta": dict(facts)})
+        files.sync_directory(path)
+        writer.keep_log(durability)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -75,40 +104,79 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 class Writer:
-    """The one writer of a new store; made by `create`.
+    """The one writer of a store; made by `create` or `reopen`.
 
     Args:
-        path: An empty directory.
-        meta: Normalised by `as_json`.
+        path: The store.
+        lock: Held; released at the end.
+        frames: The writer's end of the manifest.
+        catalog: What the store holds, if it is not new.
 
     Attributes:
         path: The store.
+        progress: Optimizer updates done, if the caller counts them; written with the
+            next commit, so that `reopen` knows where to go on.
+        recovered: What `reopen` found and put right.
+        recorded: What the store has of the step that `reopen` goes on from.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: Lock,
+        frames: manifest.Manifest,
+        catalog: Catalog | None = None,
+    ) -> None:
+        # Loaded now and not at the first commit, which may come at the program's exit:
+        # the library ends itself there, after whoever registered later than its import.
+        importlib.import_module("h5py")
         self.path = path
+        self.progress: int | None = None
+        self.recovered: dict[str, Any] = {}
+        self.recorded: frozenset[StreamKey] = frozenset()
         self._pid = os.getpid()
-        self._pending = Pending()
         self._notes: dict[str, Any] = {}
-        self._acked: Counter[StreamKey] = Counter()
+        self._noted: int | None = None
+        self._log: wal.Log | None = None
+        self._logged = 0  # pending records that the log has
         self._next_segment = 0
         self._closed = False
-        self._lock = Lock(path / "LOCK")
-        try:
-            manifest.write_format(path)
-            (path / "segments").mkdir()
-            self._manifest = manifest.Manifest(path)
-        except BaseException:
-            self._lock.release()
-            raise
-        try:
-            self._manifest.write({"created": time.time(), "meta": dict(meta)})
-            self._manifest.sync()
-            files.sync_directory(path)
-        except BaseException:
-            self._let_go()
-            raise
+        self._lock = lock
+        self._manifest = frames
+        self._pending = Pending()
+        self._acked: Counter[StreamKey] = Counter()
+        if catalog is not None:
+            self._pending = Pending(
+                {
+                    key: Layout(DTYPES[dtype], tuple(shape))
+                    for key, (dtype, shape) in catalog.layouts.items()
+                    if key[0] != SCALARS
+                }
+            )
+            self._acked = catalog.rows()
+            self._next_segment = max(catalog.files, default=-1) + 1
         self._committed = time.monotonic()
+
+    def fold(self, snapshots: list[Snapshot], progress: int) -> None:
+        """Move what a dead writer left in its log into a segment."""
+        for snapshot in snapshots:
+            self._pending.add(snapshot)
+        self._logged = len(snapshots)  # counted by the catalog
+        self.progress = progress
+        self.commit()
+
+    def start_from(
+        self, step: int, *, recorded: frozenset[StreamKey], recovered: dict[str, Any]
+    ) -> None:
+        """Go on after ``step``, of which the store has ``recorded``."""
+        self.progress = self._noted = step
+        self.recorded = recorded
+        self.recovered = recovered
+
+    def keep_log(self, durability: Durability) -> None:
+        """From now on make every append durable, or do not."""
+        if durability == "append":
+            self._log = wal.Log(self.path, self._manifest.seq)
 
     def append(self, snapshot: Snapshot) -> None:
         """Take a snapshot for the next commit, and commit when it is time.
@@ -126,6 +194,20 @@ class Writer:
         full = self._pending.nbytes + size > _data_bytes()
         if full or time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
+        elif self._log is not None:
+            with self._disk_errors():
+                self._write_log(self._log)
+
+    def _write_log(self, log: wal.Log) -> None:
+        """Make what the log does not have yet durable."""
+        if not log.sound:
+            self.commit()
+            return
+        records = self._pending.records[self._logged :]
+        settle_scalars(records)
+        log.append(records, self.progress)
+        self._acked += self._pending.rows(first=self._logged)
+        self._logged += len(records)
 
     def annotate(self, **meta: object) -> None:
         """Note facts that were not known at the start; the next commit writes them.
@@ -143,7 +225,8 @@ class Writer:
         an error the same call may be tried again.
         """
         self._check()
-        if self._pending.records or self._notes:
+        news = self._pending.records or self._notes or self.progress != self._noted
+        if news:
             with self._disk_errors():
                 self._commit()
         self._committed = time.monotonic()
@@ -157,8 +240,7 @@ class Writer:
             return
         self.commit()
         with self._disk_errors():
-            self._manifest.write({"closed": True})
-            self._manifest.sync()
+            self.write_frame({"closed": True})
         self._let_go()
 
     def abort(self) -> None:
@@ -176,6 +258,11 @@ class Writer:
     def acked_rows(self, target: str, layer: str) -> int:
         """Return how many rows (tensors, for weights) of a stream are durable."""
         return self._acked[target, layer]
+
+    def write_frame(self, frame: Mapping[str, Any]) -> None:
+        """Write a frame without records, and make it durable."""
+        self._manifest.write(dict(frame))
+        self._manifest.sync()
 
     @property
     def pending_bytes(self) -> int:
@@ -201,12 +288,16 @@ class Writer:
     def _let_go(self) -> None:
         self._closed = True
         self._pending.clear()
+        if self._log is not None:
+            self._log.close()
         self._manifest.close()
         self._lock.release()
 
     # -- the commit protocol -------------------------------------------------
     def _commit(self) -> None:
         frame: dict[str, Any] = {"time": time.time(), "meta": self._notes}
+        if self.progress is not None:
+            frame["progress"] = self.progress
         written: list[Path] = []
         try:
             if self._pending.records:
@@ -222,9 +313,13 @@ class Writer:
         # and their numbers are never used again.
         self._next_segment += len(written)
         self._manifest.sync()
-        self._acked += self._pending.rows()
+        self._acked += self._pending.rows(first=self._logged)
+        self._logged = 0
         self._pending.clear()
+        if self._log is not None:
+            self._log.restart(self._manifest.seq)
         self._notes = {}
+        self._noted = frame.get("progress")
 
     def _write_segments(self, written: list[Path]) -> dict[str, Any]:
         """Write the pending records to new segments.
@@ -260,6 +355,19 @@ class Writer:
             "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
             "segments": segments,
         }
+
+
+def check_durability(durability: str) -> None:
+    """Refuse what is no durability.
+
+    Args:
+        durability: What the user asked for.
+
+    Raises:
+        UsageError: If it is neither ``"batch"`` nor ``"append"``.
+    """
+    if durability not in ("batch", "append"):
+        raise UsageError(f"durability is 'batch' or 'append', got {durability!r}")
 
 
 def _data_bytes() -> int:
