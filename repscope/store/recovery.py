@@ -113,7 +113,7 @@ def _go_on(path: Path, lock: Lock, at: int | None, durability: Durability) -> Wr
     except BaseException:
         writer.abort()
         raise
-    writer.start_from(at, recorded=catalog.keys_at(at), recovered=found)
+    writer.start_from(at, catalog, recovered=found)
     return writer
 
 
@@ -137,10 +137,14 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
     if torn := wal.read(path, catalog.n_frames)[1]:
         found["torn_log_bytes"] = torn
     listed = {f"{number:08d}.h5" for number in catalog.files}
+    old = catalog.replaced - set(catalog.files)
+    replaced = {f"{number:08d}.h5" for number in old}
     for file in sorted([*path.iterdir(), *(path / "segments").iterdir()]):
         if file.name.startswith(".tmp-") and not file.is_dir():
             file.unlink()
             found["removed"] = found.get("removed", 0) + 1
+        elif file.parent != path and file.name in replaced and file.is_file():
+            file.unlink()  # its rows are elsewhere
         elif file.parent != path and file.name not in listed:
             name = _free(path, file.name)
             file.rename(path / "quarantine" / name)

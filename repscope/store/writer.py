@@ -7,16 +7,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import files, manifest, segment, wal
-from repscope.store.catalog import Catalog
-from repscope.store.columns import plan
+from repscope.store import compact, files, manifest, segment, wal
+from repscope.store.catalog import Batch, Catalog
+from repscope.store.columns import Column, plan
 from repscope.store.index import DTYPES, SCALARS, to_spans
 from repscope.store.lock import Lock
 from repscope.store.pending import Layout, Pending, settle_scalars
@@ -134,6 +134,7 @@ class Writer:
         self._noted: int | None = None
         self._log: wal.Log | None = None
         self._logged = 0  # pending records that the log has
+        self._batches: list[Batch | None] = []
         self._next_segment = 0
         self._closed = False
         self._lock = lock
@@ -149,7 +150,8 @@ class Writer:
                 }
             )
             self._acked = catalog.rows()
-            self._next_segment = max(catalog.files, default=-1) + 1
+            used = {*catalog.files, *catalog.replaced}
+            self._next_segment = max(used, default=-1) + 1
         self._committed = time.monotonic()
 
     def fold(self, snapshots: list[Snapshot], progress: int) -> None:
@@ -161,11 +163,12 @@ class Writer:
         self.commit()
 
     def start_from(
-        self, step: int, *, recorded: frozenset[StreamKey], recovered: dict[str, Any]
+        self, step: int, catalog: Catalog, *, recovered: dict[str, Any]
     ) -> None:
-        """Go on after ``step``, of which the store has ``recorded``."""
+        """Go on after ``step`` with a store that holds ``catalog``."""
         self.progress = self._noted = step
-        self.recorded = recorded
+        self.recorded = catalog.keys_at(step)
+        self._batches = [*catalog.batches]
         self.recovered = recovered
 
     def keep_log(self, durability: Durability) -> None:
@@ -224,6 +227,7 @@ class Writer:
         if news:
             with self._disk_errors():
                 self._commit()
+            self._compact()
         self._committed = time.monotonic()
 
     def close(self) -> None:
@@ -296,7 +300,7 @@ class Writer:
         written: list[Path] = []
         try:
             if self._pending.records:
-                frame |= self._write_segments(written)
+                frame |= self._write_pending(written)
             self._manifest.write(frame)
         except BaseException:
             # Once no frame names them, they are not part of the store.
@@ -307,7 +311,12 @@ class Writer:
         # From here on a frame may survive even if the sync fails: its segments stay,
         # and their numbers are never used again.
         self._next_segment += len(written)
+        if self._log is not None:
+            self._log.sound = False
+        seq = self._manifest.seq
         self._manifest.sync()
+        if written:
+            self._batches.append(Batch(self.path, 0, frame, seq))
         self._acked += self._pending.rows(first=self._logged)
         self._logged = 0
         self._pending.clear()
@@ -316,22 +325,38 @@ class Writer:
         self._notes = {}
         self._noted = frame.get("progress")
 
-    def _write_segments(self, written: list[Path]) -> dict[str, Any]:
+    def _write_pending(self, written: list[Path]) -> dict[str, Any]:
         """Write the pending records to new segments.
 
         Args:
+            written: Gets the path of every file made.
+
+        Returns:
+            What the frame says about them.
+        """
+        records = self._pending.records
+        settle_scalars(records)
+        columns = plan(records, limit=_data_bytes())
+        return {
+            "steps": to_spans(record.step for record in records),
+            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
+            "segments": self._write_segments(columns, written),
+        }
+
+    def _write_segments(
+        self, contents: Iterable[list[Column]], written: list[Path]
+    ) -> list[dict[str, Any]]:
+        """Write new segments.
+
+        Args:
+            contents: Columns of each.
             written: Gets the path of every file made, for removal after a failure.
 
         Returns:
             What the frame says about them.
         """
-        records, folder = self._pending.records, self.path / "segments"
-        settle_scalars(records)
-        segments = []
-        for number, columns in enumerate(
-            plan(records, limit=_data_bytes()),
-            start=self._next_segment,
-        ):
+        segments, folder = [], self.path / "segments"
+        for number, columns in enumerate(contents, start=self._next_segment):
             image, parts = segment.build(columns)
             temp = folder / f".tmp-{number}-{os.getpid()}"
             files.write_new(temp, image)
@@ -345,11 +370,52 @@ class Writer:
         for i, info in enumerate(segments):
             written[i] = written[i].rename(folder / f"{info['number']:08d}.h5")
         files.sync_directory(folder)
-        return {
-            "steps": to_spans(record.step for record in records),
-            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
-            "segments": segments,
-        }
+        return segments
+
+    # -- few files -----------------------------------------------------------
+    def _compact(self) -> None:
+        """Merge small segments while there are many; a failure costs nothing."""
+        limit = _data_bytes()
+        while batches := compact.choose(self._batches, limit=limit):
+            at = self._batches.index(batches[0])
+            merged: Batch | None = None
+            try:
+                merged = self._merge(batches)
+            except OSError:
+                # Full, or damaged: every row is where it was, and stays there.
+                self._batches[at : at + len(batches)] = [None]
+                return
+            self._batches[at : at + len(batches)] = [merged]
+
+    def _merge(self, batches: list[Batch]) -> Batch:
+        """Put one batch in the place of several.
+
+        Args:
+            batches: Neighbours; their files are removed once the new one is durable.
+
+        Returns:
+            The new batch.
+        """
+        written: list[Path] = []
+        try:
+            segments = self._write_segments([compact.columns(batches)], written)
+            frame = compact.frame(batches, segments)
+            self._manifest.write(frame)
+        except BaseException:
+            self._manifest.undo()
+            for path in written:
+                files.discard(path)
+            raise
+        self._next_segment += len(written)
+        if self._log is not None:
+            self._log.sound = False
+        seq = self._manifest.seq
+        self._manifest.sync()
+        if self._log is not None:
+            self._log.restart(self._manifest.seq)
+        for number in (number for batch in batches for number in batch.numbers):
+            files.discard(self.path / "segments" / f"{number:08d}.h5")
+        return Batch(self.path, 0, frame, seq)
 
 
 def check_durability(durability: str) -> None:
