@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
+from repscope.errors import (
+    ClosedStore,
+    ForkedRecorder,
+    StoreExists,
+    StoreFull,
+    UsageError,
+)
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store import compact, files, manifest, segment, wal
 from repscope.store.catalog import Batch, Catalog
@@ -23,6 +30,7 @@ from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
+_FRAME_BYTES = 4096
 
 Durability = Literal["batch", "append"]
 
@@ -32,6 +40,7 @@ def create(
     *,
     meta: Mapping[str, object],
     durability: Durability = "batch",
+    max_store_bytes: int | None = None,
 ) -> Writer:
     """Make a new store and return its writer.
 
@@ -40,6 +49,8 @@ def create(
         meta: JSON-able facts about the run.
         durability: ``"append"`` makes every `Writer.append` durable before it returns;
             ``"batch"`` leaves that to `Writer.commit`.
+        max_store_bytes: A snapshot that would make the store larger is refused with
+            `StoreFull`; those before it can still be committed.
 
     Returns:
         A writer that holds the lock of the store until `Writer.close`.
@@ -48,7 +59,7 @@ def create(
         StoreExists: If anything is at ``path``; it is left as it was.
     """
     path, facts = Path(path), as_json(meta)
-    check_durability(durability)
+    check_options(durability, max_store_bytes)
     try:
         files.make_directory(path)
     except FileExistsError as error:
@@ -58,10 +69,12 @@ def create(
         ) from None
     try:
         with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            return _begin(path, facts, durability)
+            writer = _begin(path, facts, durability)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
+    writer.max_store_bytes = max_store_bytes
+    return writer
 
 
 def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
@@ -114,6 +127,7 @@ class Writer:
         path: The store.
         progress: Optimizer updates done, if the caller counts them; written with the
             next commit, so that `reopen` knows where to go on.
+        max_store_bytes: As given to `create`.
         recovered: What `reopen` found and put right.
         recorded: What the store has of the step that `reopen` goes on from.
     """
@@ -127,6 +141,7 @@ class Writer:
     ) -> None:
         self.path = path
         self.progress: int | None = None
+        self.max_store_bytes: int | None = None
         self.recovered: dict[str, Any] = {}
         self.recorded: frozenset[StreamKey] = frozenset()
         self._pid = os.getpid()
@@ -134,6 +149,7 @@ class Writer:
         self._noted: int | None = None
         self._log: wal.Log | None = None
         self._logged = 0  # pending records that the log has
+        self._settled = 0  # bytes of the batches that None stands for
         self._batches: list[Batch | None] = []
         self._next_segment = 0
         self._closed = False
@@ -188,6 +204,7 @@ class Writer:
                 and labels on the CPU; scalars may stay on their device.
         """
         self._check()
+        self._check_room(snapshot)
         size = self._pending.add(snapshot)
         full = self._pending.nbytes + size > _data_bytes()
         if full or time.monotonic() - self._committed >= COMMIT_SECONDS:
@@ -195,6 +212,33 @@ class Writer:
         elif self._log is not None:
             with self._disk_errors():
                 self._write_log(self._log)
+
+    def _check_room(self, snapshot: Snapshot) -> None:
+        """Refuse a snapshot with which the next commit would pass the limit.
+
+        Raises:
+            StoreFull: If it would.
+        """
+        if self.max_store_bytes is None:
+            return
+        tensors = [*snapshot.streams.values()]
+        if snapshot.labels is not None:
+            tensors.append(snapshot.labels)
+        waiting = self._pending.nbytes + sum(t.nbytes for t in tensors)
+        n_streams = len(tensors) + len(snapshot.scalars)
+        # Structures of HDF5 and the frame, generously; and for the log, once more.
+        needed = waiting + waiting // 32 + _FRAME_BYTES * (n_streams + 4)
+        needed += waiting if self._log is not None else 0
+        if self._used() + needed > self.max_store_bytes:
+            raise StoreFull(
+                errno.EDQUOT,
+                f"{self.path} would pass max_store_bytes={self.max_store_bytes}; "
+                "nothing of this snapshot was taken, those before it can be committed",
+            )
+
+    def _used(self) -> int:
+        sizes = sum(0 if batch is None else batch.nbytes for batch in self._batches)
+        return self._settled + sizes + self._manifest.size
 
     def _write_log(self, log: wal.Log) -> None:
         """Make what the log does not have yet durable."""
@@ -375,6 +419,8 @@ class Writer:
     # -- few files -----------------------------------------------------------
     def _compact(self) -> None:
         """Merge small segments while there are many; a failure costs nothing."""
+        if self.max_store_bytes and self._used() * 2 > self.max_store_bytes:
+            return  # for a moment both would be there
         limit = _data_bytes()
         while batches := compact.choose(self._batches, limit=limit):
             at = self._batches.index(batches[0])
@@ -383,6 +429,7 @@ class Writer:
                 merged = self._merge(batches)
             except OSError:
                 # Full, or damaged: every row is where it was, and stays there.
+                self._settled += sum(batch.nbytes for batch in batches)
                 self._batches[at : at + len(batches)] = [None]
                 return
             self._batches[at : at + len(batches)] = [merged]
@@ -418,17 +465,20 @@ class Writer:
         return Batch(self.path, 0, frame, seq)
 
 
-def check_durability(durability: str) -> None:
-    """Refuse what is no durability.
+def check_options(durability: str, max_store_bytes: int | None) -> None:
+    """Refuse options that cannot be meant.
 
     Args:
-        durability: What the user asked for.
+        durability: ``"batch"`` or ``"append"``.
+        max_store_bytes: A positive number or None.
 
     Raises:
-        UsageError: If it is neither ``"batch"`` nor ``"append"``.
+        UsageError: If they are anything else.
     """
     if durability not in ("batch", "append"):
         raise UsageError(f"durability is 'batch' or 'append', got {durability!r}")
+    if max_store_bytes is not None and max_store_bytes <= 0:
+        raise UsageError(f"max_store_bytes is above 0, got {max_store_bytes!r}")
 
 
 def _data_bytes() -> int:
