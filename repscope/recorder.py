@@ -86,6 +86,7 @@ class Recorder:
             step, or makes it if nothing is there. An int is the step of the
             checkpoint that was loaded: what was recorded after it stays on disk and
             is hidden from now on. Call `commit` where you save a checkpoint.
+        max_store_bytes: Recording stops (`StoreFull`) before the store is larger.
         on_error: ``"warn"`` never breaks a training run: the first error stops the
             recording, is warned about once, kept in `error`, and raised by
             `commit()` and `close()`. ``"raise"`` raises it at `step()`.
@@ -135,6 +136,7 @@ class Recorder:
         on_error: Literal["warn", "raise"] = "warn",
         durability: Literal["batch", "append"] = "batch",
         resume: bool | int = False,
+        max_store_bytes: int | None = None,
     ) -> None:
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error is 'warn' or 'raise', got {on_error!r}")
@@ -155,7 +157,13 @@ class Recorder:
         self._closed = False
         self._taps = Taps(model, chosen)
         try:
-            self._writer, new = _writer(Path(path), facts, resume, durability)
+            self._writer, new = _writer(
+                Path(path),
+                facts,
+                resume,
+                durability=durability,
+                max_store_bytes=max_store_bytes,
+            )
         except BaseException:
             self._taps.detach()
             raise
@@ -437,19 +445,19 @@ def _writer(
     path: Path,
     facts: dict[str, Any],
     resume: bool | int,
-    durability: Literal["batch", "append"],
+    **options: Any,
 ) -> tuple[store.Writer, bool]:
     """Return a writer for the run at ``path``, and whether that is a new store."""
     if resume is False:
-        return store.create(path, meta=facts, durability=durability), True
+        return store.create(path, meta=facts, **options), True
     at = None if resume is True else operator.index(resume)
     if not at and store.is_stillborn(path):
         store.remove(path)
     if not at and not os.path.lexists(path):
-        return store.create(path, meta=facts, durability=durability), True
+        return store.create(path, meta=facts, **options), True
     run = store.open(path)
     _check_same(run, facts["recorder"])
-    writer = store.reopen(path, at=at, durability=durability)
+    writer = store.reopen(path, at=at, **options)
     if at is not None and at > run.progress:
         warnings.warn(
             f"{path} was last made durable at step {run.progress}, and goes on at step "

@@ -38,17 +38,28 @@ class Batch:
         path: The store.
         first: Number, within the run, of the first record.
         frame: Its manifest frame.
+        seq: The number of that frame.
 
     Attributes:
         first: As given.
+        frames: First and last number of the frames that this batch stands for.
+        level: How often its rows have been merged with others.
+        nbytes: Bytes of its segments.
+        numbers: Those of its segments.
         steps: Step of every record.
         visible: Whether each record counts, rather than being hidden by a rewind.
         tags: Pairs of a record, numbered within the run, and its tag.
         parts: Where the rows of each stream are.
     """
 
-    def __init__(self, path: Path, first: int, frame: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, first: int, frame: Mapping[str, Any], seq: int
+    ) -> None:
         self.first = first
+        self.frames: tuple[int, int] = tuple(frame.get("replaces", (seq, seq)))
+        self.level: int = frame.get("level", 0)
+        self.numbers: list[int] = []
+        self.nbytes = sum(segment["bytes"] for segment in frame["segments"])
         self.steps = from_spans(frame["steps"])
         self.visible = np.ones(len(self.steps), bool)
         self.visible[from_spans(frame.get("hidden", []))] = False
@@ -56,6 +67,8 @@ class Batch:
         self.parts: dict[StreamKey, list[StoredPart]] = {}
         for segment in frame["segments"]:
             number, log = segment["number"], segment.get("log", False)
+            if not log:
+                self.numbers.append(number)
             file = path / "segments" / f"{number:08d}.h5"
             if log:
                 file = wal.path_of(path, number)
@@ -63,6 +76,11 @@ class Batch:
                 part = Part.from_json(data)
                 stored = StoredPart(part, file, segment["bytes"], self.steps, log)
                 self.parts.setdefault(part.key, []).append(stored)
+
+    @property
+    def n_segments(self) -> int:
+        """How many segments hold its rows."""
+        return len(self.numbers)
 
     def rewind(self, step: int) -> None:
         """Hide every record after ``step``."""
@@ -130,16 +148,17 @@ class Catalog:
         self.progress = 0
         self.nbytes = 0
         self.layouts: dict[StreamKey, tuple[str, list[int]]] = {}
-        self.files: dict[int, int] = {}  # number -> bytes of every listed segment
+        self.files: dict[int, int] = {}  # number -> bytes of every segment in use
+        self.replaced: set[int] = set()
         self._batches: list[Batch] = []
         frames, logged = _frames(path)
-        for frame in frames + logged:
+        for seq, frame in enumerate(frames + logged):
             schema.check(path, frame)
-            self._take(frame)
+            self._take(frame, seq)
         self.n_frames, self.n_logged = len(frames), len(logged)
         self._index()
 
-    def _take(self, frame: Mapping[str, Any]) -> None:
+    def _take(self, frame: Mapping[str, Any], seq: int) -> None:
         """Follow one frame."""
         self.meta |= frame.get("meta", {})
         self.closed = frame.get("closed", False)
@@ -150,15 +169,47 @@ class Catalog:
             self.progress = frame["rewind"]
             for batch in self._batches:
                 batch.rewind(frame["rewind"])
-        if frame.get("steps"):
+        if "replaces" in frame:
+            self._replace(frame, seq)
+        elif frame.get("steps"):
             before = self._batches[-1] if self._batches else None
             first = before.first + len(before.steps) if before else 0
-            self._batches.append(batch := Batch(self.path, first, frame))
+            self._batches.append(batch := Batch(self.path, first, frame, seq))
             self._compare(batch)
-            for segment in frame["segments"]:
-                if not segment.get("log"):
-                    self.files[segment["number"]] = segment["bytes"]
-                    self.nbytes += segment["bytes"]
+            self._count(frame)
+
+    def _count(self, frame: Mapping[str, Any]) -> None:
+        for segment in frame["segments"]:
+            if not segment.get("log"):
+                self.files[segment["number"]] = segment["bytes"]
+                self.nbytes += segment["bytes"]
+
+    def _replace(self, frame: Mapping[str, Any], seq: int) -> None:
+        """Put a merged batch in the place of what it was made of.
+
+        Raises:
+            CorruptSegment: If it does not hold the same records.
+        """
+        low, high = frame["replaces"]
+        old = [
+            i
+            for i, batch in enumerate(self._batches)
+            if low <= batch.frames[0] and batch.frames[1] <= high
+        ]
+        gone = [self._batches[i] for i in old]
+        merged = Batch(self.path, gone[0].first if gone else 0, frame, seq)
+        steps = [batch.steps for batch in gone]
+        if not gone or not np.array_equal(np.concatenate(steps), merged.steps):
+            raise CorruptSegment(
+                f"{self.path}/MANIFEST merges segments into one that holds other "
+                "records; restore it from a copy"
+            )
+        self._batches[old[0] : old[-1] + 1] = [merged]
+        self._compare(merged)
+        for number in (number for batch in gone for number in batch.numbers):
+            self.nbytes -= self.files.pop(number, 0)
+            self.replaced.add(number)
+        self._count(frame)
 
     def _compare(self, batch: Batch) -> None:
         """Refuse a stream whose parts do not fit together.
@@ -237,6 +288,11 @@ class Catalog:
                 records = records[batch.visible[records]]
                 found.update(batch.steps[records].tolist())
         return sorted(found)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """What the frames of the manifest committed, in order."""
+        return self._batches[: len(self._batches) - self.n_logged]
 
     def logged(self) -> list[Snapshot]:
         """Return the records that only the log has."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repscope.snapshot import StreamKey
-from repscope.store.index import SCALARS, STORED_AS, is_rows
+from repscope.store.index import LABELS, SCALARS, STORED_AS, Ints, is_rows
 from repscope.store.names import encode
 from repscope.store.pending import Record
 
@@ -68,6 +68,24 @@ class Column:
             return False
         self._index(record, self.starts[-1], self.rows[-1])
         return True
+
+    def extend(self, block: Tensor, records: Ints, starts: Ints, rows: Ints) -> None:
+        """Append rows of several records at once, or index equal labels once more.
+
+        Args:
+            block: Rows as they are stored.
+            records: The records that have rows here.
+            starts: First row, within ``block``, of each of them.
+            rows: Number of rows of each of them.
+        """
+        last = self._last if self.key == LABELS else None
+        if last is None or not last.equal(block):
+            self._blocks.append(block)
+            self._last = block
+            self.n_rows += len(block)
+        self.records += records.tolist()
+        self.starts += (starts + (self.n_rows - len(block))).tolist()
+        self.rows += rows.tolist()
 
     def _index(self, record: int, start: int, rows: int) -> None:
         self.records.append(record)

@@ -14,9 +14,9 @@ from repscope.errors import CorruptSegment, NotAStore, UsageError
 from repscope.store import files, manifest, wal
 from repscope.store.catalog import Catalog
 from repscope.store.lock import Lock
-from repscope.store.writer import Durability, Writer, check_durability
+from repscope.store.writer import Durability, Writer, check_options
 
-_OWN = {"LOCK", "FORMAT", "MANIFEST", "segments", "wal"}
+_OWN = {"LOCK", "LOCK.excl", "FORMAT", "MANIFEST", "segments", "wal"}
 
 
 def reopen(
@@ -24,6 +24,7 @@ def reopen(
     *,
     at: int | None = None,
     durability: Durability = "batch",
+    max_store_bytes: int | None = None,
 ) -> Writer:
     """Return a writer that goes on with a store.
 
@@ -38,6 +39,7 @@ def reopen(
             from every reader from now on. ``None`` goes on after the last
             acknowledged step.
         durability: As for `create`; it may differ from before.
+        max_store_bytes: As for `create`.
 
     Returns:
         A writer that holds the lock; its ``progress`` is the step to go on from.
@@ -48,14 +50,14 @@ def reopen(
     path = Path(path).absolute()
     if at is not None and operator.index(at) < 0:
         raise UsageError(f"a run goes on at a step >= 0, got {at}")
-    check_durability(durability)
+    check_options(durability, max_store_bytes)
     manifest.check_format(path)  # no LOCK in a directory that is no store
     lock = Lock(path / "LOCK")
     try:
         with files.disk_errors(
             f"recovering the store {path}", advice="what was acknowledged is safe"
         ):
-            return _go_on(path, lock, at, durability)
+            return _go_on(path, lock, at, durability, max_store_bytes)
     except BaseException:
         lock.release()
         raise
@@ -78,7 +80,13 @@ def is_stillborn(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def _go_on(path: Path, lock: Lock, at: int | None, durability: Durability) -> Writer:
+def _go_on(
+    path: Path,
+    lock: Lock,
+    at: int | None,
+    durability: Durability,
+    max_store_bytes: int | None,
+) -> Writer:
     frames, whole, tail = manifest.load(path)
     if manifest.has_frame(tail):
         raise CorruptSegment(
@@ -109,11 +117,12 @@ def _go_on(path: Path, lock: Lock, at: int | None, durability: Durability) -> Wr
         writer.write_frame(frame)
         _clear_logs(path, len(frames), torn="torn_log_bytes" in found)
         writer.keep_log(durability)
+        writer.max_store_bytes = max_store_bytes
         catalog = Catalog(path)
     except BaseException:
         writer.abort()
         raise
-    writer.start_from(at, recorded=catalog.keys_at(at), recovered=found)
+    writer.start_from(at, catalog, recovered=found)
     return writer
 
 
@@ -137,10 +146,14 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
     if torn := wal.read(path, catalog.n_frames)[1]:
         found["torn_log_bytes"] = torn
     listed = {f"{number:08d}.h5" for number in catalog.files}
+    old = catalog.replaced - set(catalog.files)
+    replaced = {f"{number:08d}.h5" for number in old}
     for file in sorted([*path.iterdir(), *(path / "segments").iterdir()]):
         if file.name.startswith(".tmp-") and not file.is_dir():
             file.unlink()
             found["removed"] = found.get("removed", 0) + 1
+        elif file.parent != path and file.name in replaced and file.is_file():
+            file.unlink()  # its rows are elsewhere
         elif file.parent != path and file.name not in listed:
             name = _free(path, file.name)
             file.rename(path / "quarantine" / name)

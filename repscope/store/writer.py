@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from repscope.errors import ClosedStore, ForkedRecorder, StoreExists, UsageError
+from repscope.errors import (
+    ClosedStore,
+    ForkedRecorder,
+    StoreExists,
+    StoreFull,
+    UsageError,
+)
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import files, manifest, segment, wal
-from repscope.store.catalog import Catalog
-from repscope.store.columns import plan
+from repscope.store import compact, files, manifest, segment, wal
+from repscope.store.catalog import Batch, Catalog
+from repscope.store.columns import Column, plan
 from repscope.store.index import DTYPES, SCALARS, to_spans
 from repscope.store.lock import Lock
 from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
+_FRAME_BYTES = 4096
 
 Durability = Literal["batch", "append"]
 
@@ -33,6 +41,7 @@ def create(
     *,
     meta: Mapping[str, object],
     durability: Durability = "batch",
+    max_store_bytes: int | None = None,
 ) -> Writer:
     """Make a new store and return its writer.
 
@@ -41,6 +50,8 @@ def create(
         meta: JSON-able facts about the run.
         durability: ``"append"`` makes every `Writer.append` durable before it returns;
             ``"batch"`` leaves that to `Writer.commit`.
+        max_store_bytes: A snapshot that would make the store larger is refused with
+            `StoreFull`; those before it can still be committed.
 
     Returns:
         A writer that holds the lock of the store until `Writer.close`.
@@ -50,7 +61,7 @@ def create(
     """
     # Absolute: a script may change its folder while it is recorded.
     path, facts = Path(path).absolute(), as_json(meta)
-    check_durability(durability)
+    check_options(durability, max_store_bytes)
     try:
         files.make_directory(path)
     except FileExistsError as error:
@@ -60,10 +71,12 @@ def create(
         ) from None
     try:
         with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            return _begin(path, facts, durability)
+            writer = _begin(path, facts, durability)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
+    writer.max_store_bytes = max_store_bytes
+    return writer
 
 
 def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
@@ -116,6 +129,7 @@ class Writer:
         path: The store.
         progress: Optimizer updates done, if the caller counts them; written with the
             next commit, so that `reopen` knows where to go on.
+        max_store_bytes: As given to `create`.
         recovered: What `reopen` found and put right.
         recorded: What the store has of the step that `reopen` goes on from.
     """
@@ -132,6 +146,7 @@ class Writer:
         importlib.import_module("h5py")
         self.path = path
         self.progress: int | None = None
+        self.max_store_bytes: int | None = None
         self.recovered: dict[str, Any] = {}
         self.recorded: frozenset[StreamKey] = frozenset()
         self._pid = os.getpid()
@@ -139,6 +154,8 @@ class Writer:
         self._noted: int | None = None
         self._log: wal.Log | None = None
         self._logged = 0  # pending records that the log has
+        self._settled = 0  # bytes of the batches that None stands for
+        self._batches: list[Batch | None] = []
         self._next_segment = 0
         self._closed = False
         self._lock = lock
@@ -154,7 +171,8 @@ class Writer:
                 }
             )
             self._acked = catalog.rows()
-            self._next_segment = max(catalog.files, default=-1) + 1
+            used = {*catalog.files, *catalog.replaced}
+            self._next_segment = max(used, default=-1) + 1
         self._committed = time.monotonic()
 
     def fold(self, snapshots: list[Snapshot], progress: int) -> None:
@@ -166,11 +184,12 @@ class Writer:
         self.commit()
 
     def start_from(
-        self, step: int, *, recorded: frozenset[StreamKey], recovered: dict[str, Any]
+        self, step: int, catalog: Catalog, *, recovered: dict[str, Any]
     ) -> None:
-        """Go on after ``step``, of which the store has ``recorded``."""
+        """Go on after ``step`` with a store that holds ``catalog``."""
         self.progress = self._noted = step
-        self.recorded = recorded
+        self.recorded = catalog.keys_at(step)
+        self._batches = [*catalog.batches]
         self.recovered = recovered
 
     def keep_log(self, durability: Durability) -> None:
@@ -190,6 +209,7 @@ class Writer:
                 and labels on the CPU; scalars may stay on their device.
         """
         self._check()
+        self._check_room(snapshot)
         size = self._pending.add(snapshot)
         full = self._pending.nbytes + size > _data_bytes()
         if full or time.monotonic() - self._committed >= COMMIT_SECONDS:
@@ -197,6 +217,33 @@ class Writer:
         elif self._log is not None:
             with self._disk_errors():
                 self._write_log(self._log)
+
+    def _check_room(self, snapshot: Snapshot) -> None:
+        """Refuse a snapshot with which the next commit would pass the limit.
+
+        Raises:
+            StoreFull: If it would.
+        """
+        if self.max_store_bytes is None:
+            return
+        tensors = [*snapshot.streams.values()]
+        if snapshot.labels is not None:
+            tensors.append(snapshot.labels)
+        waiting = self._pending.nbytes + sum(t.nbytes for t in tensors)
+        n_streams = len(tensors) + len(snapshot.scalars)
+        # Structures of HDF5 and the frame, generously; and for the log, once more.
+        needed = waiting + waiting // 32 + _FRAME_BYTES * (n_streams + 4)
+        needed += waiting if self._log is not None else 0
+        if self._used() + needed > self.max_store_bytes:
+            raise StoreFull(
+                errno.EDQUOT,
+                f"{self.path} would pass max_store_bytes={self.max_store_bytes}; "
+                "nothing of this snapshot was taken, those before it can be committed",
+            )
+
+    def _used(self) -> int:
+        sizes = sum(0 if batch is None else batch.nbytes for batch in self._batches)
+        return self._settled + sizes + self._manifest.size
 
     def _write_log(self, log: wal.Log) -> None:
         """Make what the log does not have yet durable."""
@@ -229,6 +276,7 @@ class Writer:
         if news:
             with self._disk_errors():
                 self._commit()
+            self._compact()
         self._committed = time.monotonic()
 
     def close(self) -> None:
@@ -301,7 +349,7 @@ class Writer:
         written: list[Path] = []
         try:
             if self._pending.records:
-                frame |= self._write_segments(written)
+                frame |= self._write_pending(written)
             self._manifest.write(frame)
         except BaseException:
             # Once no frame names them, they are not part of the store.
@@ -312,7 +360,12 @@ class Writer:
         # From here on a frame may survive even if the sync fails: its segments stay,
         # and their numbers are never used again.
         self._next_segment += len(written)
+        if self._log is not None:
+            self._log.sound = False
+        seq = self._manifest.seq
         self._manifest.sync()
+        if written:
+            self._batches.append(Batch(self.path, 0, frame, seq))
         self._acked += self._pending.rows(first=self._logged)
         self._logged = 0
         self._pending.clear()
@@ -321,22 +374,38 @@ class Writer:
         self._notes = {}
         self._noted = frame.get("progress")
 
-    def _write_segments(self, written: list[Path]) -> dict[str, Any]:
+    def _write_pending(self, written: list[Path]) -> dict[str, Any]:
         """Write the pending records to new segments.
 
         Args:
+            written: Gets the path of every file made.
+
+        Returns:
+            What the frame says about them.
+        """
+        records = self._pending.records
+        settle_scalars(records)
+        columns = plan(records, limit=_data_bytes())
+        return {
+            "steps": to_spans(record.step for record in records),
+            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
+            "segments": self._write_segments(columns, written),
+        }
+
+    def _write_segments(
+        self, contents: Iterable[list[Column]], written: list[Path]
+    ) -> list[dict[str, Any]]:
+        """Write new segments.
+
+        Args:
+            contents: Columns of each.
             written: Gets the path of every file made, for removal after a failure.
 
         Returns:
             What the frame says about them.
         """
-        records, folder = self._pending.records, self.path / "segments"
-        settle_scalars(records)
-        segments = []
-        for number, columns in enumerate(
-            plan(records, limit=_data_bytes()),
-            start=self._next_segment,
-        ):
+        segments, folder = [], self.path / "segments"
+        for number, columns in enumerate(contents, start=self._next_segment):
             image, parts = segment.build(columns)
             temp = folder / f".tmp-{number}-{os.getpid()}"
             files.write_new(temp, image)
@@ -350,24 +419,71 @@ class Writer:
         for i, info in enumerate(segments):
             written[i] = written[i].rename(folder / f"{info['number']:08d}.h5")
         files.sync_directory(folder)
-        return {
-            "steps": to_spans(record.step for record in records),
-            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
-            "segments": segments,
-        }
+        return segments
+
+    # -- few files -----------------------------------------------------------
+    def _compact(self) -> None:
+        """Merge small segments while there are many; a failure costs nothing."""
+        if self.max_store_bytes and self._used() * 2 > self.max_store_bytes:
+            return  # for a moment both would be there
+        limit = _data_bytes()
+        while batches := compact.choose(self._batches, limit=limit):
+            at = self._batches.index(batches[0])
+            merged: Batch | None = None
+            try:
+                merged = self._merge(batches)
+            except OSError:
+                # Full, or damaged: every row is where it was, and stays there.
+                self._settled += sum(batch.nbytes for batch in batches)
+                self._batches[at : at + len(batches)] = [None]
+                return
+            self._batches[at : at + len(batches)] = [merged]
+
+    def _merge(self, batches: list[Batch]) -> Batch:
+        """Put one batch in the place of several.
+
+        Args:
+            batches: Neighbours; their files are removed once the new one is durable.
+
+        Returns:
+            The new batch.
+        """
+        written: list[Path] = []
+        try:
+            segments = self._write_segments([compact.columns(batches)], written)
+            frame = compact.frame(batches, segments)
+            self._manifest.write(frame)
+        except BaseException:
+            self._manifest.undo()
+            for path in written:
+                files.discard(path)
+            raise
+        self._next_segment += len(written)
+        if self._log is not None:
+            self._log.sound = False
+        seq = self._manifest.seq
+        self._manifest.sync()
+        if self._log is not None:
+            self._log.restart(self._manifest.seq)
+        for number in (number for batch in batches for number in batch.numbers):
+            files.discard(self.path / "segments" / f"{number:08d}.h5")
+        return Batch(self.path, 0, frame, seq)
 
 
-def check_durability(durability: str) -> None:
-    """Refuse what is no durability.
+def check_options(durability: str, max_store_bytes: int | None) -> None:
+    """Refuse options that cannot be meant.
 
     Args:
-        durability: What the user asked for.
+        durability: ``"batch"`` or ``"append"``.
+        max_store_bytes: A positive number or None.
 
     Raises:
-        UsageError: If it is neither ``"batch"`` nor ``"append"``.
+        UsageError: If they are anything else.
     """
     if durability not in ("batch", "append"):
         raise UsageError(f"durability is 'batch' or 'append', got {durability!r}")
+    if max_store_bytes is not None and max_store_bytes <= 0:
+        raise UsageError(f"max_store_bytes is above 0, got {max_store_bytes!r}")
 
 
 def _data_bytes() -> int:
