@@ -120,6 +120,7 @@ def reading(megabytes: int, repeats: int) -> None:
             folder = Path(name)
             np.save(folder / "flat.npy", values.numpy())
             with_writer(folder / "run", values)
+            with_writer(folder / "untouched", values)
             with h5py.File(folder / "run.h5", "w") as file:
                 file.create_dataset("a", data=values.numpy(), chunks=(1, *shape))
             for what, seconds in reads(folder, n_steps):
@@ -146,7 +147,7 @@ def reads(folder: Path, n_steps: int) -> list[tuple[str, float]]:
     np_first = timed(lambda: [flat[step].copy() for step in some])
     rs_step = timed(lambda: [run.read("a", step) for step in some])
     np_step = timed(lambda: [flat[step].copy() for step in some])
-    whole = store.open(folder / "run")
+    whole = store.open(folder / "untouched")
     series_first = timed(lambda: unit(whole, n_steps))
     series = timed(lambda: unit(whole, n_steps))
     flat[:, :, 7].copy()
