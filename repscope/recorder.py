@@ -431,6 +431,8 @@ def _close_abandoned(taps: Taps, writer: store.Writer, pid: int) -> None:
     if os.getpid() != pid:  # a forked child inherits the object, not the run
         return
     taps.detach()
+    if writer.closed:
+        return
     writer.annotate(interrupted="never closed")
     writer.close()
     warnings.warn(
@@ -467,8 +469,6 @@ def _writer(
             stacklevel=3,
         )
     writer.annotate(**{name: facts[name] for name in facts if name != "recorder"})
-    if run.meta.get("interrupted"):
-        writer.annotate(interrupted=None)
     return writer, False
 
 

@@ -56,6 +56,7 @@ class Run:
 
 def die(recorder):
     """What a kill leaves: no hook, no lock, nothing that was pending."""
+    recorder._finalizer.detach()
     recorder._taps.detach()
     recorder._writer.abort()
 

@@ -27,7 +27,7 @@ def info(arguments: argparse.Namespace) -> None:
         print(json.dumps(_summary(run, last), indent=2, default=str))
         return
     state = "finished" if run.closed else "being written, or killed"
-    if run.meta.get("interrupted"):
+    if "interrupted" in run.meta:
         state = f"interrupted by {run.meta['interrupted']}"
     print(f"{run.path}  ({state}, {run.nbytes / 2**20:.1f} MB)")
     print(f"steps {len(run.steps)}: {_range(run.steps)}   tags: {_tags(run)}\n")

@@ -303,6 +303,11 @@ class Writer:
         self.abort()
         shutil.rmtree(self.path)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abort` has let the store go."""
+        return self._closed
+
     def acked_rows(self, target: str, layer: str) -> int:
         """Return how many rows (tensors, for weights) of a stream are durable."""
         return self._acked[target, layer]

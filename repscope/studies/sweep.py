@@ -100,7 +100,7 @@ def is_finished(path: Path) -> bool:
         run = store.open(path)
     except NotAStore:
         return False
-    return run.closed and not run.meta.get("interrupted")
+    return run.closed and "interrupted" not in run.meta
 
 
 def _check_data(path: Path, data: Data) -> None:

@@ -9,7 +9,18 @@ import h5py
 import pytest
 import torch
 
+from repscope.store import segment, writer
+
 _lines: list[tuple[str, str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _usual_sizes():
+    """Put the store's sizes back: the workloads change them in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((writer, "SEGMENT_BYTES"), (segment, "CHUNK_BYTES")):
+            patch.setattr(module, name, getattr(module, name))
+        yield
 
 
 @pytest.fixture
