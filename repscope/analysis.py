@@ -124,6 +124,21 @@ def optimizer_of(run: Run) -> str:
     return str(run.meta.get("optimizer") or described.get("class", "unknown").lower())
 
 
+def task_ends(run: Run) -> dict[int, int]:
+    """Return the step at which each task of a sequence ended.
+
+    Read from the tags ``task-<i>``, counted from 1.
+
+    Args:
+        run: A store.
+
+    Returns:
+        Task number -> step, ascending; empty when nothing is tagged so.
+    """
+    tagged = {t: step for t, step in run.tags.items() if t.startswith("task-")}
+    return dict(sorted((int(t[5:]), step) for t, step in tagged.items()))
+
+
 def accuracy_matrix(run: Run) -> Tensor | None:
     """Return ``A[i, j]``, the accuracy on task j after task i, from the scalars.
 
@@ -139,7 +154,7 @@ def accuracy_matrix(run: Run) -> Tensor | None:
     """
     table = run.scalars()
     n_tasks = sum(name.startswith("accuracy/") for name in table.columns)
-    ends = {int(tag[5:]): s for tag, s in run.tags.items() if tag.startswith("task-")}
+    ends = task_ends(run)
     if not n_tasks or not (ends or "diverged" in run.tags):
         return None
     matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float64)

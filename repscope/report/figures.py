@@ -20,6 +20,7 @@ from repscope.analysis import (
     measure,
     optimizer_of,
     sparsity_curves,
+    task_ends,
 )
 from repscope.errors import UnknownLayer, UnknownName, UsageError, suggest
 from repscope.metrics.alignment import class_cosine
@@ -121,17 +122,12 @@ def _seeds(groups: Groups) -> str:
     return f"mean and 95 % t interval over n = {n} seeds"
 
 
-def _stacked(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def _frames(results: Mapping[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
-    named = [frame.assign(optimizer=name) for name, frame in tables.items()]
-    table = pd.concat(named, ignore_index=True)
-    rest = [column for column in table.columns if column != "optimizer"]
-    return table[["optimizer", *rest]]
-
-
-def _frames(results: Mapping[str, Any]) -> pd.DataFrame:
-    return _stacked({name: result.to_frame() for name, result in results.items()})
+    frames = {name: result.to_frame() for name, result in results.items()}
+    table: pd.DataFrame = pd.concat(frames, names=["optimizer"])
+    return table.reset_index("optimizer").reset_index(drop=True)
 
 
 def _inputs(groups: Groups) -> str:
@@ -385,13 +381,10 @@ def _sparsity_band(runs: Sequence[Run], scope: str) -> Band:
     return band([curve.score for curve in found], x=found[0].sparsity)
 
 
-def _ends(run: Run) -> list[int]:
-    ends = {int(tag[5:]): s for tag, s in run.tags.items() if tag.startswith("task-")}
-    return [ends[i] for i in sorted(ends)]
-
-
 def _n_tasks(run: Run) -> int:
-    return len(_ends(run)) if len(_ends(run)) > 1 else 0
+    """Return the number of tasks of a sequence, 0 when there is no sequence."""
+    n = len(task_ends(run))
+    return n if n > 1 else 0
 
 
 def _rank_path(run: Run, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
@@ -401,7 +394,7 @@ def _rank_path(run: Run, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
     ranks = torch.tensor(rows["value"].tolist(), dtype=torch.float64)
     if not _n_tasks(run):
         return steps, ranks
-    bounds = torch.tensor([0, *_ends(run)], dtype=torch.float64)
+    bounds = torch.tensor([0, *task_ends(run).values()], dtype=torch.float64)
     return _interpolate(steps, bounds, torch.arange(len(bounds)).double()), ranks
 
 
