@@ -53,10 +53,11 @@ class Column:
 
     def add(self, record: int, block: Tensor, *, source: Tensor) -> None:
         """Append rows of a record, cut from its tensor ``source``."""
-        self._index(record, self.n_rows, len(block))
+        rows = block.shape[0]
+        self._index(record, self.n_rows, rows)
         self._blocks.append(block)
         self._last = source
-        self.n_rows += len(block)
+        self.n_rows += rows
 
     def repeat(self, record: int, source: Tensor) -> bool:
         """Index the latest rows once more if they are the whole of ``source``.
@@ -92,31 +93,28 @@ class Column:
         self.starts.append(start)
         self.rows.append(rows)
 
-    def chunks(self, size: int) -> Iterator[memoryview]:
-        """Yield all bytes in pieces of ``size``, the last one padded with zeros.
+    def chunks(self, rows: int) -> Iterator[memoryview]:
+        """Yield all bytes in pieces of ``rows`` rows, the last padded with zeros.
 
         Args:
-            size: Bytes of a chunk.
+            rows: Rows of a chunk.
 
         Yields:
             Memory that is only valid until the next piece is asked for.
         """
-        buffer, filled = np.empty(size, np.uint8), 0
+        buffer = torch.empty([rows, *self.stored_row_shape], dtype=self.dtype)
+        waiting: list[Tensor] = []
+        room = rows
         for block in self._blocks:
-            data: Bytes = block.reshape(-1).view(torch.uint8).numpy()
-            while len(data):
-                taken, data = data[: size - filled], data[size - filled :]
-                if len(taken) == size:
-                    yield taken.data  # no copy: the usual case of big tensors
-                    continue
-                buffer[filled : filled + len(taken)] = taken
-                filled += len(taken)
-                if filled == size:
-                    yield buffer.data
-                    filled = 0
-        if filled:
-            buffer[filled:] = 0
-            yield buffer.data
+            while (n := block.shape[0]) >= room:
+                waiting.append(block[:room] if n > room else block)
+                yield _joined(waiting, buffer)
+                block, waiting, room = block[room:], [], rows
+            if n:
+                waiting.append(block)
+                room -= n
+        if waiting:
+            yield _joined([*waiting, torch.zeros_like(buffer[:room])], buffer)
 
 
 def plan(records: Sequence[Record], *, limit: int) -> Iterator[list[Column]]:
@@ -149,16 +147,25 @@ def plan(records: Sequence[Record], *, limit: int) -> Iterator[list[Column]]:
         yield list(columns.values())
 
 
+def _joined(blocks: Sequence[Tensor], buffer: Tensor) -> memoryview:
+    """Return the bytes of all blocks, which fill the buffer."""
+    if len(blocks) > 1:  # one needs no copy: the usual case of big tensors
+        torch.cat(list(blocks), out=buffer)
+        blocks = [buffer]
+    data: Bytes = blocks[0].reshape(-1).view(torch.uint8).numpy()
+    return data.data
+
+
 def _cut(tensor: Tensor, *, whole: bool, limit: int) -> Sequence[Tensor]:
     """Return the rows of a tensor in blocks of at most ``limit`` bytes."""
     rows = tensor.unsqueeze(0) if whole else tensor
+    if 0 < rows.nbytes <= limit:
+        return (rows,)
     row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
     if row_bytes > limit:  # not even one row fits: store the elements, flat
         rows, row_bytes = rows.reshape(-1), rows.itemsize
-    if rows.nbytes <= limit:
-        return [rows]
-    size = max(limit // row_bytes, 1)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    size = limit // max(row_bytes, 1)
+    return [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
 
 
 def _scalar_columns(records: Sequence[Record]) -> Iterator[Column]:

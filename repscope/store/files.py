@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from repscope.errors import StoreError, StoreFull, StoreWriteError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_GATHER = 2**16
 
 
 @contextlib.contextmanager
@@ -44,23 +45,40 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def write_new(path: Path, data: bytes | memoryview) -> None:
+def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Create a file, write it and fsync it; on failure leave none behind.
 
     Args:
         path: Must not exist.
-        data: The whole content.
+        pieces: The whole content; each is done with before the next is asked for.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            write_all(fd, data)
+            for data in _gathered(pieces):
+                write_all(fd, data)
             os.fsync(fd)
         finally:
             os.close(fd)
     except BaseException:
         discard(path)
         raise
+
+
+def _gathered(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """Yield the same bytes with small pieces put together: a write costs a call."""
+    buffer, filled = memoryview(bytearray(_GATHER)), 0
+    for piece in pieces:
+        if filled and filled + len(piece) > _GATHER:
+            yield buffer[:filled]
+            filled = 0
+        if len(piece) > _GATHER:
+            yield memoryview(piece)
+        else:
+            buffer[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    if filled:
+        yield buffer[:filled]
 
 
 def discard(path: Path) -> None:

@@ -109,7 +109,7 @@ class Part:
     row_shape: Sequence[int]
     whole: bool
     chunk_rows: int
-    chunks: Sequence[Sequence[int]]
+    chunks: list[list[int]]
     records: Spans
     starts: Spans
     rows: Spans

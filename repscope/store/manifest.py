@@ -34,7 +34,7 @@ def sync_data(fd: int) -> None:
 # -- FORMAT ------------------------------------------------------------------
 def write_format(path: Path) -> None:
     """Create the file ``FORMAT`` of a new store at ``path``."""
-    files.write_new(path / "FORMAT", f"{_FORMAT}{VERSION}\n".encode())
+    files.write_new(path / "FORMAT", [f"{_FORMAT}{VERSION}\n".encode()])
 
 
 def check_format(path: Path) -> None:
@@ -216,7 +216,7 @@ class Manifest:
     def _renew(self) -> None:
         """Go on in a new file: after a failed fsync the kernel may drop old pages."""
         temp = self._path.with_name(f".tmp-MANIFEST-{os.getpid()}")
-        files.write_new(temp, self._path.read_bytes()[: self._good])
+        files.write_new(temp, [self._path.read_bytes()[: self._good]])
         temp.rename(self._path)
         files.sync_directory(self._path.parent)
         self._file.close()

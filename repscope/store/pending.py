@@ -82,25 +82,26 @@ class Pending:
         count: Counter[StreamKey] = Counter()
         for record in self.records[first:]:
             for key, tensor in record.tensors.items():
-                count[key] += len(tensor) if is_rows(key[0]) else 1
+                count[key] += tensor.shape[0] if is_rows(key[0]) else 1
         return count
 
     def _layout(self, key: StreamKey, tensor: Tensor, step: int) -> Layout:
         rows = is_rows(key[0])
-        now = Layout(tensor.dtype, tuple(tensor.shape[1:] if rows else tensor.shape))
-        was = self._layouts.get(key, now)
+        now = Layout(tensor.dtype, tensor.shape[1:] if rows else tensor.shape)
+        was = self._layouts.get(key)
+        if was is None or was == now:
+            return now
         if was.row_shape != now.row_shape:
             raise ShapeChanged(
                 f"{_where(key)}: {'rows' if rows else 'tensors'} had shape "
-                f"{was.row_shape}, at step {step} they have {now.row_shape}; reduce "
+                f"{tuple(was.row_shape)}, at step {step} they have "
+                f"{tuple(now.row_shape)}; reduce "
                 "them to one width, or record into a new store"
             )
-        if was.dtype != now.dtype:
-            raise DtypeChanged(
-                f"{_where(key)}: values had dtype {was.dtype}, at step {step} they "
-                f"have {now.dtype}; nothing is cast silently: choose one dtype"
-            )
-        return now
+        raise DtypeChanged(
+            f"{_where(key)}: values had dtype {was.dtype}, at step {step} they have "
+            f"{now.dtype}; nothing is cast silently: choose one dtype"
+        )
 
     def _share_labels(self, record: Record) -> int:
         """Let labels that repeat, as those of a probe do, be one tensor.
@@ -151,7 +152,7 @@ def _plain(key: StreamKey, tensor: Tensor) -> Tensor:
             f"{_where(key)}: cannot store dtype {tensor.dtype} with layout "
             f"{tensor.layout}; convert it to a dense real tensor"
         )
-    if tensor.is_nested or tensor.device.type != "cpu":
+    if tensor.is_nested or not tensor.is_cpu:
         raise UnsupportedOutput(
             f"{_where(key)}: the store takes plain CPU tensors, got one on "
             f"{tensor.device} with dtype {tensor.dtype}; pad or copy it first"
@@ -161,7 +162,9 @@ def _plain(key: StreamKey, tensor: Tensor) -> Tensor:
             f"{_where(key)}: a 0-dim tensor of dtype {tensor.dtype} has no rows; "
             "record it as a scalar"
         )
-    return tensor.detach().resolve_neg().contiguous()
+    if tensor.requires_grad or tensor.is_neg() or not tensor.is_contiguous():
+        return tensor.detach().resolve_neg().contiguous()
+    return tensor
 
 
 def _scalar(name: str, value: Tensor | float) -> Tensor | float:

@@ -141,7 +141,7 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
     (path / "segments").mkdir(exist_ok=True)
     if tail:
         name = _free(path, "MANIFEST-tail")
-        files.write_new(path / "quarantine" / name, tail)
+        files.write_new(path / "quarantine" / name, [tail])
         found["torn_bytes"] = len(tail)
     if torn := wal.read(path, catalog.n_frames)[1]:
         found["torn_log_bytes"] = torn

@@ -411,14 +411,14 @@ class Writer:
         """
         segments, folder = [], self.path / "segments"
         for number, columns in enumerate(contents, start=self._next_segment):
-            image, parts = segment.build(columns)
+            image = segment.Image(columns)
             temp = folder / f".tmp-{number}-{os.getpid()}"
-            files.write_new(temp, image)
+            files.write_new(temp, image.pieces())
             written.append(temp)
             index = {
                 "number": number,
-                "bytes": len(image),
-                "parts": [part.to_json() for part in parts],
+                "bytes": image.nbytes,
+                "parts": [part.to_json() for part in image.parts],
             }
             segments.append(index)
         for i, info in enumerate(segments):

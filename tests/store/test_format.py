@@ -108,8 +108,12 @@ def collect(part, dataset, raw, steps, seen):
     size = part["chunk_rows"] * dataset[:1].nbytes
     for offset, crc in part["chunks"]:
         assert zlib.crc32(raw[offset : offset + size]) == crc
-        assert offset % 64 == 0
     if part["chunks"]:
+        first = part["chunks"][0][0]  # one block, so that it can be mapped
+        assert first % 64 == 0
+        assert part["chunks"] == [
+            [first + i * size, crc] for i, (_, crc) in enumerate(part["chunks"])
+        ]
         used = dataset.nbytes - (len(part["chunks"]) - 1) * size
         last = part["chunks"][-1][0]
         assert not any(raw[last + used : last + size])  # padded with zeros
