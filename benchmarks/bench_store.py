@@ -170,7 +170,7 @@ def reads(folder: Path, n_steps: int) -> list[tuple[str, float]]:
 
 
 def unit(run: store.Run, n_steps: int) -> Tensor:
-    return torch.stack([run.read("a", step)[:, 7] for step in range(n_steps)])
+    return run.series("a", steps=range(n_steps), units=7)
 
 
 def main() -> None:

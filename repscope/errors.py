@@ -92,6 +92,10 @@ class ProbeMismatch(StoreError, ValueError):
     """A resumed run was given another probe than the one it was recorded with."""
 
 
+class UntrustedStore(StoreError):
+    """A file holds something that a RepScope store never has; it was not read."""
+
+
 # -- capture -----------------------------------------------------------------
 class CaptureError(RepScopeError, RuntimeError):
     """Something about attaching to a model or copying out of it."""
@@ -161,3 +165,9 @@ class UnknownName(UsageError, KeyError):
 
 class DataError(UsageError):
     """Data files that are missing, unreadable or do not fit together."""
+
+
+class MissingExtra(UsageError, ImportError):
+    """An optional dependency is not installed; the message has the install line."""
+
+    __str__ = Exception.__str__

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repscope.errors import CorruptSegment
+from repscope.errors import CorruptSegment, UsageError
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store import manifest, schema, wal
 from repscope.store.chunks import StoredPart
@@ -22,12 +24,19 @@ from repscope.store.index import (
     LABELS,
     RESERVED,
     SCALARS,
+    Ints,
     Part,
     Spans,
     from_spans,
     is_rows,
 )
 
+T = TypeVar("T")
+
+# Integers of each size: values are moved as bits
+_BITS = MappingProxyType(
+    {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+)
 _TRIES = 20  # a writer folds its log every 10 s at most
 
 
@@ -108,6 +117,41 @@ class Batch:
         unique = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
         return [self.first + int(record) for record in unique[self.visible[unique]]]
 
+    def recorded(self, key: StreamKey) -> tuple[Ints, Ints]:
+        """Return step and number of every visible record of a stream, in order."""
+        parts = [stored.part.where[0] for stored in self.parts.get(key, ())]
+        records = np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
+        records = records[self.visible[records]]
+        return self.steps[records], records + self.first
+
+    def runs(
+        self, key: StreamKey, wanted: Ints, rows: int
+    ) -> Iterator[tuple[StoredPart, int, int, int]]:
+        """Yield records whose rows follow each other, as many at once as there are.
+
+        Args:
+            key: The stream.
+            wanted: Numbers of records.
+            rows: Only records that have so many rows in one part.
+
+        Yields:
+            The part, its first row, how many records, and where in ``wanted`` they
+            start. Left out: what is cut, or stored flat.
+        """
+        parts = [s for s in self.parts.get(key, ()) if not s.part.flat]
+        order = np.argsort(wanted, kind="stable")
+        for stored in parts:
+            records, starts, counts = stored.part.where
+            near = np.searchsorted(wanted[order], records + self.first)
+            at = order[np.minimum(near, len(order) - 1)]
+            good = (wanted[at] == records + self.first) & (counts == rows)
+            at, starts = at[good], starts[good]
+            apart = (np.diff(at) != 1) | (np.diff(starts) != rows)
+            ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(at)]
+            for low, high in itertools.pairwise(ends):
+                if low < high:
+                    yield stored, int(starts[low]), high - low, int(at[low])
+
     def last(self, parts: list[StoredPart]) -> int | None:
         """Return the number of the last visible record of a stream."""
         for stored in reversed(parts):
@@ -151,6 +195,7 @@ class Catalog:
         self.files: dict[int, int] = {}  # number -> bytes of every segment in use
         self.replaced: set[int] = set()
         self._batches: list[Batch] = []
+        self._recorded: dict[StreamKey, tuple[Ints, Ints]] = {}
         frames, logged = _frames(path)
         for seq, frame in enumerate(frames + logged):
             schema.check(path, frame)
@@ -249,6 +294,11 @@ class Catalog:
         self.steps = sorted(self.by_step)
 
     @property
+    def n_records(self) -> int:
+        """How many records there are, hidden ones included."""
+        return sum(len(batch.steps) for batch in self._batches)
+
+    @property
     def done(self) -> int:
         """Optimizer updates that the last commit knew of."""
         return max(self.progress, self.last_step, 0)
@@ -274,20 +324,23 @@ class Catalog:
         """Return whether a record has a stream."""
         return bool(self.batch(record).find(key, record))
 
+    def recorded(self, key: StreamKey) -> tuple[Ints, Ints]:
+        """Return the ascending steps of a stream, and the latest record of each."""
+        if key not in self._recorded:
+            found = [batch.recorded(key) for batch in self._batches]
+            steps = np.concatenate([np.zeros(0, np.int64), *(s for s, _ in found)])
+            records = np.concatenate([np.zeros(0, np.int64), *(r for _, r in found)])
+            order = np.lexsort((records, steps))
+            steps, records = steps[order], records[order]
+            last = np.diff(steps, append=-1) != 0
+            self._recorded[key] = steps[last], records[last]
+        return self._recorded[key]
+
     def latest(self, key: StreamKey, step: int) -> int | None:
         """Return the latest record of a step that has the stream, or None."""
-        records = reversed(self.by_step.get(step, ()))
-        return next((record for record in records if self.has(key, record)), None)
-
-    def steps_with(self, key: StreamKey) -> list[int]:
-        """Return the ascending steps at which a stream was recorded."""
-        found: set[int] = set()
-        for batch in self._batches:
-            for stored in batch.parts.get(key, ()):
-                records = stored.part.where[0]
-                records = records[batch.visible[records]]
-                found.update(batch.steps[records].tolist())
-        return sorted(found)
+        steps, records = self.recorded(key)
+        at = int(np.searchsorted(steps, step))
+        return int(records[at]) if at < len(steps) and steps[at] == step else None
 
     @property
     def batches(self) -> list[Batch]:
@@ -340,13 +393,6 @@ class Catalog:
                     count[key] += shape[0] if is_rows(key[0]) else 1
         return count
 
-    def places(self, key: StreamKey, record: int) -> list[tuple[Path, int]]:
-        """Return the files that hold a stream of a record, and their sizes."""
-        if not self._starts:
-            return []
-        found = self.batch(record).find(key, record)
-        return [(stored.path, stored.size) for stored, _, _ in found]
-
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
         """Return the shape of the tensor that `load` returns."""
         found = self.batch(record).find(key, record)
@@ -354,25 +400,77 @@ class Catalog:
         rows = sum(count for _, _, count in found)
         if part.whole:
             return tuple(part.row_shape)
-        if list(part.shape[1:]) != list(part.row_shape):  # stored flat
+        if part.flat:
             rows //= int(np.prod(part.row_shape))
         return rows, *part.row_shape
 
     def load(self, key: StreamKey, record: int) -> Tensor:
         """Return a copy of what a record holds of a stream.
 
-        The writer may have moved it to another file since: then look there.
-
         Raises:
             CorruptSegment: If it is not where it should be now.
+        """  # noqa: DOC502 - raised where it is read
+        return self._retried(lambda now: now._load(key, record))
+
+    def _retried(self, read: Callable[[Catalog], T]) -> T:
+        """Return what is read, also if the writer has moved it meanwhile.
+
+        Raises:
+            CorruptSegment: If it cannot be read and nothing was moved.
         """
         try:
-            return self._load(key, record)
+            return read(self)
         except CorruptSegment:
             now = Catalog(self.path)
-            if now.places(key, record) in ([], self.places(key, record)):
+            moved = (now.files, now.n_logged) != (self.files, self.n_logged)
+            if not moved or now.n_records < self.n_records:
                 raise
-            return now._load(key, record)
+            return read(now)
+
+    def series(
+        self, key: StreamKey, records: Sequence[int], units: slice | Ints
+    ) -> Tensor:
+        """Return units of a stream of several records, which all have the same shape.
+
+        Args:
+            key: The stream.
+            records: Which have it.
+            units: Chooses along the last axis.
+
+        Returns:
+            ``(n_records, ..., n_units)``.
+
+        Raises:
+            CorruptSegment: If they are not where they should be now.
+        """  # noqa: DOC502 - raised where it is read
+        return self._retried(lambda now: now._series(key, records, units))
+
+    def _series(
+        self, key: StreamKey, records: Sequence[int], units: slice | Ints
+    ) -> Tensor:
+        first = self.shape(key, records[0])
+        shape = (*first[:-1], len(np.arange(first[-1])[units])) if first else ()
+        dtype = self.batch(records[0]).parts[key][0].part.torch_dtype
+        out = torch.empty((len(records), *shape), dtype=dtype)
+        bits, filled = out.view(_BITS[dtype.itemsize]).numpy(), np.zeros(len(out), bool)
+        wanted = np.array(records, np.int64)
+        rows = first[0] if is_rows(key[0]) else 1
+        for batch in self._batches:
+            for stored, start, n, at in batch.runs(key, wanted, rows):
+                data = stored.take(start, start + n * rows, units)
+                bits[at : at + n].reshape(data.shape)[:] = data
+                filled[at : at + n] = True
+        for i in np.flatnonzero(~filled).tolist():
+            tensor = self._load(key, records[i])
+            if tensor.shape != first:
+                raise UsageError(
+                    f"{key[0]} of layer {key[1]!r} have shape {first} at step "
+                    f"{self.step(records[0])} and {tuple(tensor.shape)} at step "
+                    f"{self.step(records[i])}: a series has one shape; choose steps= "
+                    "that agree, or read() them one by one"
+                )
+            out[i] = tensor[..., units] if shape else tensor
+        return out
 
     def _load(self, key: StreamKey, record: int) -> Tensor:
         """Return a copy of what a record holds of a stream.
@@ -402,14 +500,8 @@ class Catalog:
 
         Raises:
             CorruptSegment: If one is not where it should be now.
-        """
-        try:
-            return list(self._columns(target))
-        except CorruptSegment:
-            now = Catalog(self.path)
-            if now.files == self.files:
-                raise
-            return list(now._columns(target))
+        """  # noqa: DOC502 - raised where it is read
+        return self._retried(lambda now: list(now._columns(target)))
 
     def _columns(self, target: str) -> Iterator[tuple[str, list[int], Tensor]]:
         for batch in self._batches:

@@ -6,22 +6,34 @@ library, and nothing it returns has not been compared with what was acknowledged
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from repscope.errors import CorruptSegment
-from repscope.store.index import LABELS, SCALARS, Ints, Part
+from repscope.store import filters
+from repscope.store.index import LABELS, SCALARS, Index, Ints, Part, as_slice
 
 Bytes = npt.NDArray[np.uint8]
+Bits = npt.NDArray[Any]
+Signature = tuple[int, ...]  # device, inode, size and mtime of a file
 
-# (device, inode, size, mtime) of a segment -> (offset, size, crc32) of checked chunks
-_verified: dict[tuple[int, ...], set[tuple[int, int, int]]] = {}
+# What was checked of a file: (offset, size, crc32) of chunks
+_verified: dict[Signature, set[tuple[int, int, int]]] = {}
+
+_MAPS = 256
+_UNPACKED_BYTES = 2**27
+_maps: OrderedDict[Signature, Bytes] = OrderedDict()
+_unpacked: OrderedDict[tuple[Signature, int], Bytes] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +45,7 @@ class StoredPart:
         path: The segment.
         size: Bytes of the segment.
         steps: Step of every record of the batch.
-        grows: The file is a log, which may be longer by now.
+        grows: The file is a log, or a packed one: it may be longer.
     """
 
     part: Part
@@ -55,63 +67,70 @@ class StoredPart:
         """  # noqa: DOC502 - raised by _blame, which names the steps
         if not len(out):
             return
-        if start + rows > self.part.shape[0]:
-            self._blame("has fewer rows than the manifest says")
-        fd = self._open()
-        try:
-            stat = os.fstat(fd)
-            known = _verified.setdefault(
-                (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns), set()
-            )
+        if self.part.grid or self.part.filter:
+            data = self.take(start, start + rows, slice(None))
+            out[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            return
+        with self._file(start, start + rows) as file:
             width, per_chunk = self.part.row_bytes, self.part.chunk_rows
             stop = start + rows
             for number in range(start // per_chunk, -(-stop // per_chunk)):
                 first = number * per_chunk
                 low, high = max(start, first), min(stop, first + per_chunk)
                 view = out[(low - start) * width : (high - start) * width]
-                self._read_chunk(fd, number, (low - first) * width, view, known)
-        finally:
-            os.close(fd)
+                file.read(number, (low - first) * width, view)
 
-    def _open(self) -> int:
-        try:
-            # A pipe in place of a segment must not make the reader wait.
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError):
-            self._blame("is missing")
-        size = os.fstat(fd).st_size
-        if size < self.size or (size > self.size and not self.grows):
-            os.close(fd)
-            self._blame(f"has {size} bytes instead of {self.size}")
-        return fd
+    def take(self, start: int, stop: int, units: slice | Ints) -> Bits:
+        """Return units of the rows from ``start`` to ``stop``, as integers.
 
-    def _read_chunk(
-        self,
-        fd: int,
-        number: int,
-        skip: int,
-        out: Bytes,
-        known: set[tuple[int, int, int]],
-    ) -> None:
-        """Fill ``out`` from byte ``skip`` of a chunk, checked at first touch."""
-        offset, crc = self.part.chunks[number]
-        size = self.part.chunk_rows * self.part.row_bytes
-        if (offset, size, crc) in known:
-            if _pread(fd, out, offset + skip) != len(out):
-                self._blame("ends too early", chunk=number)
-            return
-        chunk = out if len(out) == size else np.empty(size, np.uint8)
-        if _pread(fd, chunk, offset) != size or zlib.crc32(chunk.data) != crc:
-            self._blame("holds other bytes than were written", chunk=number)
-        known.add((offset, size, crc))
-        if chunk is not out:
-            out[:] = chunk[skip : skip + len(out)]
+        Args:
+            start: First stored row.
+            stop: After the last one.
+            units: Chooses along the last axis.
 
-    def _blame(self, fault: str, *, chunk: int | None = None) -> NoReturn:
+        Returns:
+            ``(stop - start, *shape[1:-1], n_units)``, the bits of the values; it may be
+            a view of the file, which is mapped.
+
+        Raises:
+            CorruptSegment: If the segment is missing or damaged there.
+        """  # noqa: DOC502 - raised by _blame, which names the steps
+        part = self.part
+        bits = np.dtype(f"<i{part.torch_dtype.itemsize}")
+        shape = (stop - start, *part.shape[1:])
+        if not part.row_bytes or start == stop:
+            return np.zeros(shape, bits)[..., units]
+        with self._file(start, stop) as file:
+            if part.block is not None:
+                per_chunk = part.chunk_rows
+                for number in range(start // per_chunk, -(-stop // per_chunk)):
+                    file.verify(number)
+                first = part.block + start * part.row_bytes
+                data = file.map()[first : first + (stop - start) * part.row_bytes]
+                return data.view(bits).reshape(shape)[..., units]
+            return _gather(part, start, stop, units, lambda n: file.chunk(n).view(bits))
+
+    def _file(self, start: int, stop: int) -> _Open:
+        if not 0 <= start <= stop <= self.part.shape[0]:
+            self.blame("has fewer rows than the manifest says")
+        return _Open(self)
+
+    def blame(self, fault: str, *, chunk: int | None = None) -> NoReturn:
+        """Say what cannot be read.
+
+        Args:
+            fault: What is wrong with the file.
+            chunk: Only the rows in this chunk are concerned.
+
+        Raises:
+            CorruptSegment: Always; it names the layer and the steps.
+        """
         records, starts, rows = self.part.where
         if chunk is not None:
-            low, high = (self.part.chunk_rows * n for n in (chunk, chunk + 1))
-            records = records[(starts < high) & (starts + rows > low)]
+            per_chunk = self.part.chunk_rows
+            beside = len(self.part.chunks) // -(-self.part.shape[0] // per_chunk)
+            low = chunk // beside * per_chunk
+            records = records[(starts < low + per_chunk) & (starts + rows > low)]
         target, layer = self.part.key
         what = {LABELS[0]: "the labels", SCALARS: f"scalar {layer!r}"}.get(
             target, f"{target} of layer {layer!r}"
@@ -120,6 +139,143 @@ class StoredPart:
             f"{self.path} {fault}: {what} at {describe(self.steps[records])} cannot be "
             "trusted; the rest of the store still reads. Restore that file from a copy"
         )
+
+
+class _Open:
+    """The file of a part while its chunks are read, and what is known of it."""
+
+    def __init__(self, stored: StoredPart) -> None:
+        self._stored = stored
+        self._part = stored.part
+        try:
+            # A pipe in place of a segment must not make the reader wait.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(stored.path, flags)
+        except (FileNotFoundError, NotADirectoryError):
+            stored.blame("is missing")
+        info = os.fstat(self._fd)
+        size = info.st_size
+        if size < stored.size or (size > stored.size and not stored.grows):
+            os.close(self._fd)
+            stored.blame(f"has {size} bytes instead of {stored.size}")
+        self.signature = _signature(info)
+        self._known = _verified.setdefault(self.signature, set())
+
+    def __enter__(self) -> _Open:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self, number: int, skip: int, out: Bytes) -> None:
+        """Fill ``out`` from byte ``skip`` of a plain chunk, checked at first touch."""
+        offset, size, crc = self._place(number)
+        if (offset, size, crc) in self._known:
+            if _pread(self._fd, out, offset + skip) != len(out):
+                self._stored.blame("ends too early", chunk=number)
+            return
+        chunk = out if len(out) == size else np.empty(size, np.uint8)
+        self._compare(number, chunk)
+        if chunk is not out:
+            out[:] = chunk[skip : skip + len(out)]
+
+    def verify(self, number: int) -> None:
+        """Compare a chunk with its checksum, unless that was done before."""
+        place = self._place(number)
+        if place not in self._known:
+            self._compare(number, np.empty(place[1], np.uint8))
+
+    def chunk(self, number: int) -> Bytes:
+        """Return the bytes of a chunk, unpacked."""
+        offset, size, _ = self._place(number)
+        if not self._part.filter:
+            self.verify(number)
+            return self.map()[offset : offset + size]
+        key = self.signature, offset
+        if key not in _unpacked:
+            data = np.empty(size, np.uint8)
+            self._compare(number, data)
+            while _unpacked and _unpacked_bytes() > _UNPACKED_BYTES:
+                _unpacked.popitem(last=False)
+            _unpacked[key] = self._unpack(number, data)
+        _unpacked.move_to_end(key)
+        return _unpacked[key]
+
+    def _unpack(self, number: int, data: Bytes) -> Bytes:
+        part = self._part
+        nbytes, itemsize = part.chunk_bytes, part.torch_dtype.itemsize
+        try:
+            return filters.unpack(part.filter, data, nbytes=nbytes, itemsize=itemsize)
+        except ValueError as error:
+            self._stored.blame(f"cannot be unpacked ({error})", chunk=number)
+
+    def map(self) -> Bytes:
+        """Return the whole file as memory that is read on demand, and never written.
+
+        Mapped by torch, which keeps no descriptor: a run may have many segments.
+        """
+        if self.signature not in _maps:
+            path = self._stored.path
+            try:
+                data = torch.from_file(
+                    str(path), shared=False, size=self.signature[2], dtype=torch.uint8
+                ).numpy()
+                if _signature(path.stat()) != self.signature:
+                    self._stored.blame("was replaced while it was read")
+            except (RuntimeError, FileNotFoundError):
+                self._stored.blame("is missing")
+            data.flags.writeable = False
+            _maps[self.signature] = data
+            while len(_maps) > _MAPS:
+                _maps.popitem(last=False)
+        _maps.move_to_end(self.signature)
+        return _maps[self.signature]
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        offset, crc, *size = self._part.chunks[number]
+        return offset, size[0] if size else self._part.chunk_bytes, crc
+
+    def _compare(self, number: int, out: Bytes) -> None:
+        """Fill ``out`` with a whole chunk as it is in the file, and compare it."""
+        offset, size, crc = self._place(number)
+        if _pread(self._fd, out, offset) != size or zlib.crc32(out.data) != crc:
+            self._stored.blame("holds other bytes than were written", chunk=number)
+        self._known.add((offset, size, crc))
+
+
+def _gather(
+    part: Part, start: int, stop: int, units: slice | Ints, chunk: Callable[[int], Bits]
+) -> Bits:
+    """Return what `StoredPart.take` does, from a grid of chunks."""
+    cell = part.chunk_shape
+    counts = [-(-size // side) for size, side in zip(part.shape, cell, strict=True)]
+    wanted = [np.arange(start, stop), *(np.arange(size) for size in part.shape[1:])]
+    if len(wanted) > 1:
+        wanted[-1] = wanted[-1][units]
+    kind = np.dtype(f"<i{part.torch_dtype.itemsize}")
+    out: Bits = np.empty([len(axis) for axis in wanted], kind)
+    split = [list(_split(axis, side)) for axis, side in zip(wanted, cell, strict=True)]
+    for pieces in itertools.product(*split):
+        at, into, source = zip(*pieces, strict=True)
+        data = chunk(int(np.ravel_multi_index(at, counts))).reshape(cell)
+        out[into] = data[source]
+    return out
+
+
+def _split(wanted: Ints, side: int) -> Iterator[tuple[int, Index, Index]]:
+    """Yield chunks of one axis, where what they have goes, and where they have it."""
+    chunk = wanted // side
+    for number in np.unique(chunk).tolist():
+        into = np.flatnonzero(chunk == number)
+        yield number, as_slice(into), as_slice(wanted[into] - number * side)
+
+
+def _unpacked_bytes() -> int:
+    return sum(len(data) for data in _unpacked.values())
+
+
+def _signature(info: os.stat_result) -> Signature:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _pread(fd: int, out: Bytes, offset: int) -> int:

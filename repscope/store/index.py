@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from repscope.snapshot import StreamKey
 
 Ints = npt.NDArray[np.int64]
+Index = slice | Ints
 Spans = Sequence[Sequence[int]]
 """Integers as arithmetic runs ``[first, count, stride]``: a regular schedule costs
 three numbers, whatever its length."""
@@ -80,6 +82,15 @@ def from_spans(spans: Spans) -> Ints:
     return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
 
+def as_slice(index: Ints) -> Index:
+    """Return ascending indices as a slice where they are one: a view needs no copy."""
+    if not len(index):
+        return index
+    first, last = int(index[0]), int(index[-1]) + 1
+    whole = np.array_equal(index, np.arange(first, last))
+    return slice(first, last) if whole else index
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """The rows of one stream in one segment; its fields are the manifest's JSON.
@@ -95,10 +106,13 @@ class Part:
             stored flat.
         whole: Each record is one tensor rather than rows.
         chunk_rows: Rows in each chunk; the last one is padded with zeros.
-        chunks: ``[byte offset in the file, crc32]`` of each chunk.
+        chunks: ``[byte offset in the file, crc32]`` of each chunk, in C order of the
+            grid; of a filtered one also the bytes it takes in the file.
         records: Numbers, within the batch, of the records found here, ascending.
         starts: First row of each of them.
         rows: Number of rows of each of them.
+        grid: Shape of a chunk that does not span whole rows; only in packed files.
+        filter: ``""``, or how chunks are compressed; only in packed files.
     """
 
     target: str
@@ -113,15 +127,22 @@ class Part:
     records: Spans
     starts: Spans
     rows: Spans
+    grid: Sequence[int] = ()
+    filter: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Part:
         """Return the part that `to_json` described; unknown fields are ignored."""
-        return cls(**{field.name: data[field.name] for field in fields(cls)})
+        known = {field.name for field in fields(cls)} & data.keys()
+        return cls(**{name: data[name] for name in known})
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they stand in the manifest."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("grid", "filter"):
+            if not values[name]:
+                del values[name]
+        return values
 
     @property
     def key(self) -> StreamKey:
@@ -136,7 +157,31 @@ class Part:
     @cached_property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.torch_dtype.itemsize
+        return math.prod(self.shape[1:]) * self.torch_dtype.itemsize
+
+    @property
+    def flat(self) -> bool:
+        """Whether elements are stored one by one: a row is above a segment."""
+        return list(self.shape[1:]) != list(self.row_shape)
+
+    @cached_property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of a chunk."""
+        return tuple(self.grid) or (self.chunk_rows, *self.shape[1:])
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk before it is compressed."""
+        return math.prod(self.chunk_shape) * self.torch_dtype.itemsize
+
+    @cached_property
+    def block(self) -> int | None:
+        """Where in the file all rows lie in one piece, or None if they do not."""
+        if not self.chunks or self.grid or self.filter:
+            return None
+        first = self.chunks[0][0]
+        places = [first + i * self.chunk_bytes for i in range(len(self.chunks))]
+        return first if [place for place, _ in self.chunks] == places else None
 
     @cached_property
     def where(self) -> tuple[Ints, Ints, Ints]:

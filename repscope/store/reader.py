@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from repscope.errors import UnknownName, UsageError, suggest
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store.catalog import Catalog
+from repscope.store.chunks import describe
 from repscope.store.display import as_html, as_text
-from repscope.store.index import LABELS, RESERVED, SCALARS
+from repscope.store.index import LABELS, RESERVED, SCALARS, as_slice, is_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,6 +163,89 @@ class Run:
         key = self._key(target, layer)
         return self._catalog.load(key, self._record(key, step, tag))
 
+    def series(
+        self,
+        layer: str,
+        *,
+        steps: slice | Iterable[int] | None = None,
+        units: int | slice | Sequence[int] | None = None,
+        target: str = "outputs",
+    ) -> Tensor:
+        """Return a copy of one stream at many steps, or of some of its units.
+
+        Only the bytes asked for are copied: one unit over a whole run costs little.
+
+        Args:
+            layer: Layer or parameter name.
+            steps: Recorded steps, or a slice of step numbers such as
+                ``slice(100, 200)``, of which those that were recorded count; ``None``
+                takes all. Of a step recorded twice, the latest record counts.
+            units: Chooses along the last axis (features of activations); ``None``
+                takes all, an int drops the axis.
+            target: What was recorded of the layer.
+
+        Returns:
+            ``(n_steps, n_samples, n_units)`` for activations, ``(n_steps, *shape)`` for
+            tensors such as weights, in the recorded dtype.
+
+        Raises:
+            UnknownName: If a step was not recorded, or no step is in the slice.
+            UsageError: If the steps differ in their number of rows, or ``units`` does
+                not fit.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from repscope.store import create, open
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     writer = create(f"{folder}/run", meta={})
+            ...     for step in range(3):
+            ...         rows = torch.full((2, 4), float(step))
+            ...         writer.append(Snapshot(step, {("outputs", "fc"): rows}))
+            ...     writer.close()
+            ...     open(f"{folder}/run").series("fc", units=1)
+            tensor([[0., 0.],
+                    [1., 1.],
+                    [2., 2.]])
+        """  # noqa: DOC502 - partly raised by the catalog
+        key = self._key(target, layer)
+        records = self._records(key, steps)
+        if not records:
+            raise UsageError("a series has at least one step; steps= chooses none")
+        shape = self._catalog.shape(key, records[0])
+        if units is None:
+            return self._catalog.series(key, records, slice(None))
+        if len(shape) < 1 + is_rows(target):
+            raise UsageError(
+                f"{target} of layer {layer!r} have no axis of units: each step is a "
+                f"tensor of shape {shape}; leave units= out"
+            )
+        try:
+            chosen = np.arange(shape[-1])[units]
+        except (IndexError, TypeError) as error:
+            raise UsageError(
+                f"units={units!r} does not fit {target} of layer {layer!r}, which have "
+                f"{shape[-1]} ({error})"
+            ) from None
+        found = self._catalog.series(key, records, as_slice(np.atleast_1d(chosen)))
+        return found[..., 0] if chosen.ndim == 0 else found
+
+    def _records(
+        self, key: StreamKey, steps: slice | Iterable[int] | None
+    ) -> list[int]:
+        known, records = self._catalog.recorded(key)
+        if steps is None:
+            return list(map(int, records))
+        if isinstance(steps, slice):
+            first, stop, stride = steps.indices(int(known[-1]) + 1)
+            inside = (known >= first) & (known < stop) & ((known - first) % stride == 0)
+            if not inside.any():
+                raise UnknownName(
+                    f"{self.path} has no {key[0]} of layer {key[1]!r} at any step of "
+                    f"{steps}; it was recorded at {describe(known)}"
+                )
+            return list(map(int, records[inside]))
+        return [self._record(key, step, None) for step in steps]
+
     def labels(self, step: int = -1, *, tag: str | None = None) -> Tensor | None:
         """Return the labels ``(n_samples,)`` of one record.
 
@@ -247,7 +332,7 @@ class Run:
     def _record(self, key: StreamKey, step: int, tag: str | None) -> int:
         record = self._chosen(key, step, tag)
         if record is None or not self._catalog.has(key, record):
-            steps = self._catalog.steps_with(key)
+            steps = self._catalog.recorded(key)[0].tolist()
             what = f"tag {tag!r}" if tag is not None else f"step {step}"
             raise UnknownName(
                 f"{what} of {self.path} holds no {key[0]} of layer {key[1]!r}; it was "
@@ -265,8 +350,8 @@ class Run:
         if tag is not None:
             return self._tagged(tag, step)
         if step == -1:
-            latest = (catalog.latest(key, one) for one in reversed(catalog.steps))
-            return next((record for record in latest if record is not None), None)
+            latest = catalog.recorded(key)[1]
+            return int(latest[-1]) if len(latest) else None
         if step not in catalog.by_step:
             raise UnknownName(
                 f"{self.path} has no step {step}; recorded nearest: "
