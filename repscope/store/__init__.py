@@ -5,7 +5,16 @@ append-only manifest, and read as a `Run`, also while it is being written.
 """
 
 from repscope.store.reader import Run, open
-from repscope.store.recovery import is_stillborn, reopen
+from repscope.store.recovery import is_stillborn, reopen, repair
 from repscope.store.writer import Writer, create, remove
 
-__all__ = ["Run", "Writer", "create", "is_stillborn", "open", "remove", "reopen"]
+__all__ = [
+    "Run",
+    "Writer",
+    "create",
+    "is_stillborn",
+    "open",
+    "remove",
+    "reopen",
+    "repair",
+]

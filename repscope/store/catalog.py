@@ -44,7 +44,7 @@ class Batch:
     """What one commit added.
 
     Args:
-        path: The store.
+        locate: Where segments and logs are, by number.
         first: Number, within the run, of the first record.
         frame: Its manifest frame.
         seq: The number of that frame.
@@ -62,7 +62,11 @@ class Batch:
     """
 
     def __init__(
-        self, path: Path, first: int, frame: Mapping[str, Any], seq: int
+        self,
+        locate: Callable[[int, bool], Path],
+        first: int,
+        frame: Mapping[str, Any],
+        seq: int,
     ) -> None:
         self.first = first
         self.frames: tuple[int, int] = tuple(frame.get("replaces", (seq, seq)))
@@ -78,9 +82,7 @@ class Batch:
             number, log = segment["number"], segment.get("log", False)
             if not log:
                 self.numbers.append(number)
-            file = path / "segments" / f"{number:08d}.h5"
-            if log:
-                file = wal.path_of(path, number)
+            file = locate(number, log)
             for data in segment["parts"]:
                 part = Part.from_json(data)
                 stored = StoredPart(part, file, segment["bytes"], self.steps, log)
@@ -187,6 +189,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.about = manifest.follow({}, {}, 0)
         self.meta: dict[str, Any] = {}
         self.closed = False
         self.progress = 0
@@ -205,6 +208,7 @@ class Catalog:
 
     def _take(self, frame: Mapping[str, Any], seq: int) -> None:
         """Follow one frame."""
+        self.about = manifest.follow(self.about, frame, seq)
         self.meta |= frame.get("meta", {})
         self.closed = frame.get("closed", False)
         self.progress = frame.get("progress", self.progress)
@@ -219,9 +223,12 @@ class Catalog:
         elif frame.get("steps"):
             before = self._batches[-1] if self._batches else None
             first = before.first + len(before.steps) if before else 0
-            self._batches.append(batch := Batch(self.path, first, frame, seq))
+            self._batches.append(batch := Batch(self._locate, first, frame, seq))
             self._compare(batch)
             self._count(frame)
+
+    def _locate(self, number: int, log: bool) -> Path:
+        return manifest.locate(self.path, number, log=log)
 
     def _count(self, frame: Mapping[str, Any]) -> None:
         for segment in frame["segments"]:
@@ -242,7 +249,7 @@ class Catalog:
             if low <= batch.frames[0] and batch.frames[1] <= high
         ]
         gone = [self._batches[i] for i in old]
-        merged = Batch(self.path, gone[0].first if gone else 0, frame, seq)
+        merged = Batch(self._locate, gone[0].first if gone else 0, frame, seq)
         steps = [batch.steps for batch in gone]
         if not gone or not np.array_equal(np.concatenate(steps), merged.steps):
             raise CorruptSegment(

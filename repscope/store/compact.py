@@ -79,12 +79,11 @@ def _like(stored: StoredPart) -> torch.Tensor:
     return torch.empty(shape, dtype=part.torch_dtype, device="meta")
 
 
-def frame(batches: Sequence[Batch], segments: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the frame that puts one batch in the place of several.
+def frame(batches: Sequence[Batch]) -> dict[str, Any]:
+    """Return the frame that puts one batch in the place of several, but its segments.
 
     Args:
         batches: Neighbours.
-        segments: Where their rows are now.
     """
     before = np.cumsum([0, *(len(batch.steps) for batch in batches)]).tolist()
     return {
@@ -100,5 +99,4 @@ def frame(batches: Sequence[Batch], segments: list[dict[str, Any]]) -> dict[str,
             for start, batch in zip(before, batches, strict=False)
             for record, tag in batch.tags
         ],
-        "segments": segments,
     }

@@ -87,6 +87,27 @@ def discard(path: Path) -> None:
         path.unlink()
 
 
+def set_aside(store: Path, name: str, *, file: Path | None = None) -> str:
+    """Move a file to the quarantine, or only find a free name there.
+
+    Args:
+        store: The store.
+        name: The name it should get.
+        file: What to move.
+
+    Returns:
+        The name, with a number after it if it was taken.
+    """
+    folder, tried, count = store / "quarantine", name, 0
+    folder.mkdir(exist_ok=True)
+    while os.path.lexists(folder / tried):
+        count += 1
+        tried = f"{name}.{count}"
+    if file is not None:
+        file.rename(folder / tried)
+    return tried
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

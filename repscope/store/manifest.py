@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from repscope.errors import CorruptSegment, FormatTooNew, NotAStore
 from repscope.store import files
 
 VERSION = 1
+_REPAIR = "`repscope check --repair {}`"
 _FORMAT = "RepScope store\nversion "
-_MAGIC = b"RSF1"
+MAGIC = b"RSF1"
 _HEAD = struct.Struct("<4sQI")
 _CRC = struct.Struct("<I")
 
@@ -57,7 +58,8 @@ def check_format(path: Path) -> None:
         if not (path / name).is_file():
             raise NotAStore(
                 f"{path} has no {name}: it is no store, or one whose creation was cut "
-                "short before anything was recorded"
+                "short before anything was recorded; if segments/ has files, "
+                f"{_REPAIR.format(path)} makes it again"
             )
     with (path / "FORMAT").open("rb") as file:
         text = file.read(64).decode("ascii", "replace")
@@ -71,11 +73,37 @@ def check_format(path: Path) -> None:
         )
 
 
+def locate(path: Path, number: int, *, log: bool = False) -> Path:
+    """Return where a store has a segment, or the log since a frame."""
+    folder, ending = ("wal", "log") if log else ("segments", "h5")
+    return path / folder / f"{number:08d}.{ending}"
+
+
+def follow(
+    about: Mapping[str, Any], frame: Mapping[str, Any], seq: int
+) -> dict[str, Any]:
+    """Return what is known of a run after one more frame: every segment carries it.
+
+    Args:
+        about: What was known before; empty at the start.
+        frame: A frame.
+        seq: Its number.
+    """
+    rewinds = list(about.get("rewinds", ()))
+    if "rewind" in frame:
+        rewinds.append([seq, frame["rewind"]])
+    return {
+        "created": frame.get("created", about.get("created", 0.0)),
+        "meta": about.get("meta", {}) | frame.get("meta", {}),
+        "rewinds": rewinds,
+    }
+
+
 # -- frames ------------------------------------------------------------------
 def encode(seq: int, body: dict[str, Any]) -> bytes:
     """Return the bytes of one frame."""
     text = json.dumps(body, separators=(",", ":")).encode("ascii")
-    data = _HEAD.pack(_MAGIC, seq, len(text)) + text
+    data = _HEAD.pack(MAGIC, seq, len(text)) + text
     return data + _CRC.pack(zlib.crc32(data))
 
 
@@ -94,17 +122,41 @@ def decode(data: bytes) -> Iterator[dict[str, Any]]:
 
 def scan(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield what `decode` does, each with the offset of the byte after the frame."""
-    view, offset, expected = memoryview(data), 0, 0
-    while offset + _HEAD.size + _CRC.size <= len(view):
-        magic, seq, length = _HEAD.unpack_from(view, offset)
-        end = offset + _HEAD.size + length
-        if (magic, seq) != (_MAGIC, expected) or end + _CRC.size > len(view):
+    offset = expected = 0
+    while (found := _whole(data, offset)) is not None:
+        seq, text, offset = found
+        if seq != expected:
             return
-        if _CRC.unpack_from(view, end) != (zlib.crc32(view[offset:end]),):
-            return
-        body = json.loads(bytes(view[offset + _HEAD.size : end]))
-        offset, expected = end + _CRC.size, expected + 1
-        yield body, offset
+        expected += 1
+        yield json.loads(text), offset
+
+
+def _whole(data: bytes, at: int) -> tuple[int, bytes, int] | None:
+    """Return number, text and end of the frame at an offset, or None if it is torn."""
+    if not 0 <= at <= len(data) - _HEAD.size - _CRC.size:
+        return None
+    magic, seq, length = _HEAD.unpack_from(data, at)
+    end = at + _HEAD.size + length
+    whole = magic == MAGIC and end + _CRC.size <= len(data)
+    if not whole or _CRC.unpack_from(data, end) != (zlib.crc32(data[at:end]),):
+        return None
+    return seq, data[at + _HEAD.size : end], end + _CRC.size
+
+
+def frame_at(data: bytes, at: int) -> tuple[dict[str, Any], int, int]:
+    """Return body, number and end of the frame at an offset.
+
+    Args:
+        data: Bytes that may hold one.
+        at: Where it starts.
+
+    Raises:
+        ValueError: If none is there.
+    """
+    found = _whole(data, at)
+    if found is None:
+        raise ValueError(f"no whole frame at byte {at}")
+    return json.loads(found[1]), found[0], found[2]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +183,8 @@ def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
 
     Raises:
         NotAStore: If there is no whole frame.
-        CorruptSegment: If a frame with a good checksum is no JSON.
+        CorruptSegment: If a frame with a good checksum is no JSON, or if whole frames
+            follow a broken one: no crash leaves that.
     """
     check_format(path)
     data = (path / "MANIFEST").read_bytes()
@@ -142,23 +195,29 @@ def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
             f"{path}/MANIFEST holds a frame that is no JSON ({error!r:.80}), though "
             "its checksum is good: no RepScope wrote it so. Restore it from a copy"
         ) from None
+    end = found[-1][1] if found else 0
+    if has_frame(data[end:]):
+        raise CorruptSegment(
+            f"{path}/MANIFEST is damaged at byte {end}, and whole frames follow, which "
+            f"no crash leaves behind: {_REPAIR.format(path)} restores it from the "
+            "segments"
+        )
     if not found:
         raise NotAStore(
-            f"{path}/MANIFEST holds no whole frame: nothing was ever recorded here"
+            f"{path}/MANIFEST holds no whole frame: nothing was ever recorded here, or "
+            f"it is damaged; if segments/ has files, {_REPAIR.format(path)} makes it "
+            "again"
         )
-    end = found[-1][1]
     return [body for body, _ in found], data[:end], data[end:]
 
 
 def has_frame(data: bytes) -> bool:
     """Return whether a whole frame is anywhere in ``data``."""
-    at = data.find(_MAGIC)
-    while 0 <= at <= len(data) - _HEAD.size - _CRC.size:
-        _, _, length = _HEAD.unpack_from(data, at)
-        end = at + _HEAD.size + length
-        if data[end : end + _CRC.size] == _CRC.pack(zlib.crc32(data[at:end])):
+    at = data.find(MAGIC)
+    while at >= 0:
+        if _whole(data, at) is not None:
             return True
-        at = data.find(_MAGIC, at + 1)
+        at = data.find(MAGIC, at + 1)
     return False
 
 

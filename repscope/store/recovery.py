@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from repscope.errors import CorruptSegment, NotAStore, UsageError
-from repscope.store import files, manifest, wal
+from repscope.errors import CorruptSegment, FormatTooNew, NotAStore, UsageError
+from repscope.store import files, manifest, rebuild, wal
 from repscope.store.catalog import Catalog
 from repscope.store.lock import Lock
 from repscope.store.writer import Durability, Writer, check_options
@@ -80,42 +80,107 @@ def is_stillborn(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def repair(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Put right what can be put right, and say what that was.
+
+    A manifest that is damaged or missing is made again from the segments, whole
+    segments that it does not name are adopted, what a dead writer left half done is put
+    aside as by `reopen`, and what a log holds is committed. Damaged rows stay as they
+    are: reading them raises `CorruptSegment`, and only a copy brings them back.
+
+    Args:
+        path: The directory of a store that nobody is writing to.
+
+    Returns:
+        What was found, as JSON; empty if nothing was.
+
+    Raises:
+        NotAStore: If ``path`` is no store at all.
+    """
+    path = Path(path).absolute()
+    found: dict[str, Any] = {}
+    if not (path / "segments").is_dir() and not (path / "FORMAT").is_file():
+        raise NotAStore(f"{path} has neither FORMAT nor segments/: it is no store")
+    lock = Lock(path / "LOCK")
+    try:
+        with files.disk_errors(f"repairing {path}", advice="nothing was removed"):
+            if not _is_whole(path):
+                found = rebuild.rebuild(path)
+                _renew_format(path)
+            closed = Catalog(path).closed
+            writer = _go_on(path, lock, None, "batch", None, repaired=True)
+            found |= writer.recovered
+            (writer.close if closed else writer.abort)()
+    except BaseException:
+        lock.release()
+        raise
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether the manifest names all that the segments carry.
+
+    Raises:
+        FormatTooNew: If a newer RepScope wrote it.
+    """
+    try:
+        frames, _, _ = manifest.load(path)
+    except FormatTooNew:
+        raise
+    except (NotAStore, CorruptSegment):
+        return False
+    return not rebuild.unnamed(path, frames)
+
+
+def _renew_format(path: Path) -> None:
+    try:
+        manifest.check_format(path)
+    except NotAStore:
+        files.discard(path / "FORMAT")
+        manifest.write_format(path)
+
+
 def _go_on(
     path: Path,
     lock: Lock,
     at: int | None,
     durability: Durability,
     max_store_bytes: int | None,
+    *,
+    repaired: bool = False,
 ) -> Writer:
     frames, whole, tail = manifest.load(path)
-    if manifest.has_frame(tail):
-        raise CorruptSegment(
-            f"{path}/MANIFEST is damaged at byte {len(whole)}, but whole frames "
-            "follow; going on would give up what they acknowledge: restore that file "
-            "from a copy"
-        )
-    catalog = Catalog(path)
+    found: dict[str, Any] = {}
+    if tail:
+        name = files.set_aside(path, "MANIFEST-tail")
+        files.write_new(path / "quarantine" / name, [tail])
+        found["torn_bytes"] = len(tail)
+    writable = manifest.Manifest(path, frames=len(frames), size=len(whole))
+    try:
+        if adopted := _adoptable(path, frames):
+            writable.write(adopted)
+            writable.sync()
+            found["adopted"] = [entry["number"] for entry in adopted["segments"]]
+        catalog = Catalog(path)
+        found |= _tidy(path, catalog)
+        writer = Writer(path, lock, writable, catalog)
+    except BaseException:
+        writable.close()
+        raise
     done = catalog.done
-    snapshots = catalog.logged()
-    found = _tidy(path, catalog, tail)
-    writer = Writer(
-        path,
-        lock,
-        manifest.Manifest(path, frames=len(frames), size=len(whole)),
-        catalog,
-    )
     at = done if at is None else operator.index(at)
-    frame: dict[str, Any] = {"reopened": time.time(), "progress": at}
+    frame: dict[str, Any] = {"progress": at}
+    frame["repaired" if repaired else "reopened"] = time.time()
     if at < done:
         frame["rewind"] = at
     if found:
         notes = [*catalog.meta.get("recovered", []), found]
         frame["meta"] = {"recovered": notes}
     try:
-        if snapshots:
+        if snapshots := catalog.logged():
             writer.fold(snapshots, done)
         writer.write_frame(frame)
-        _clear_logs(path, len(frames), torn="torn_log_bytes" in found)
+        _clear_logs(path, catalog.n_frames, torn="torn_log_bytes" in found)
         writer.keep_log(durability)
         writer.max_store_bytes = max_store_bytes
         catalog = Catalog(path)
@@ -126,23 +191,35 @@ def _go_on(
     return writer
 
 
-def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
+def _adoptable(path: Path, frames: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the frame of segments that a dead writer had finished, but not named.
+
+    Raises:
+        CorruptSegment: If more than one frame is missing: no crash leaves that.
+    """
+    found = rebuild.unnamed(path, frames)
+    if any(seq > len(frames) for seq in found):
+        raise CorruptSegment(
+            f"{path}/MANIFEST has lost its end: it has {len(frames)} frames, and "
+            f"segments carry frames up to number {max(found)}; `repscope check "
+            f"--repair {path}` restores them"
+        )
+    frame = found.get(len(frames))
+    return None if frame is None else {k: v for k, v in frame.items() if k != "run"}
+
+
+def _tidy(path: Path, catalog: Catalog) -> dict[str, Any]:
     """Put aside what no frame names.
 
     Args:
         path: The store; its lock is held.
         catalog: What its frames say.
-        tail: What follows the last whole frame.
 
     Returns:
         What was found, as JSON; empty if nothing was.
     """
     found: dict[str, Any] = {}
     (path / "segments").mkdir(exist_ok=True)
-    if tail:
-        name = _free(path, "MANIFEST-tail")
-        files.write_new(path / "quarantine" / name, [tail])
-        found["torn_bytes"] = len(tail)
     if torn := wal.read(path, catalog.n_frames)[1]:
         found["torn_log_bytes"] = torn
     listed = {f"{number:08d}.h5" for number in catalog.files}
@@ -155,8 +232,7 @@ def _tidy(path: Path, catalog: Catalog, tail: bytes) -> dict[str, Any]:
         elif file.parent != path and file.name in replaced and file.is_file():
             file.unlink()  # its rows are elsewhere
         elif file.parent != path and file.name not in listed:
-            name = _free(path, file.name)
-            file.rename(path / "quarantine" / name)
+            name = files.set_aside(path, file.name, file=file)
             found.setdefault("quarantined", []).append(name)
     if damaged := _damaged(path, catalog):
         found["damaged"] = damaged
@@ -173,17 +249,7 @@ def _clear_logs(path: Path, number: int, *, torn: bool) -> None:
         if folded and file.is_file():
             file.unlink()
         else:
-            file.rename(path / "quarantine" / _free(path, file.name))
-
-
-def _free(path: Path, name: str) -> str:
-    """Return a name that is free in the quarantine, which is made if need be."""
-    folder, tried, count = path / "quarantine", name, 0
-    folder.mkdir(exist_ok=True)
-    while os.path.lexists(folder / tried):
-        count += 1
-        tried = f"{name}.{count}"
-    return tried
+            files.set_aside(path, file.name, file=file)
 
 
 def _damaged(path: Path, catalog: Catalog) -> list[str]:

@@ -3,18 +3,22 @@
 The library allocates every chunk and fills none: what it wrote is a few hundred bytes
 a dataset, with holes where the chunks go. The rows then go from where they are to the
 disk, so that a segment costs no memory of its own and no second copy.
+
+A segment also carries what its frame of the manifest says, so that a manifest that is
+lost can be made again.
 """
 
 from __future__ import annotations
 
 import errno
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from repscope.errors import StoreWriteError
+from repscope.store import manifest
 from repscope.store.columns import Column
 from repscope.store.fileobjects import Skeleton
 from repscope.store.index import STORED_AS, Part, to_spans
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     import h5py
 
 CHUNK_BYTES = 2**20
+CRC32, FRAME = "@crc32", "@frame"  # no encoded name has this character
 _ALIGN = 64  # so that a mapped stream is aligned for every dtype
 
 
@@ -31,13 +36,17 @@ class Image:
 
     Args:
         columns: At least one.
+        seq: Number of the frame that will name this segment.
+        about: What the frame says, and which of its segments this is.
 
     Attributes:
         parts: What is in it; checksums are there once `pieces` is exhausted.
         nbytes: Size of the file.
     """
 
-    def __init__(self, columns: Iterable[Column]) -> None:
+    def __init__(
+        self, columns: Iterable[Column], *, seq: int, about: Mapping[str, Any]
+    ) -> None:
         import h5py
 
         self._skeleton = Skeleton()
@@ -50,6 +59,16 @@ class Image:
             alignment_interval=_ALIGN,
         ) as file:
             self.parts = [_add(file, column) for column in self._columns]
+            n_chunks = sum(len(part.chunks) for part in self.parts)
+            crcs = _reserve(file, CRC32, (n_chunks + 1,), np.dtype("<u4"))
+            body = {
+                **about,
+                CRC32: _place(crcs),
+                "parts": [part.to_json() for part in self.parts],
+            }
+            self._frame = manifest.encode(seq, body)
+            kept = _reserve(file, FRAME, (len(self._frame),), np.dtype("u1"))
+            self._own = _place(crcs), _place(kept)
         check(self._skeleton, self.parts)
         self.nbytes = self._skeleton.size
 
@@ -59,43 +78,42 @@ class Image:
         Yields:
             Memory that is only valid until the next piece is asked for.
         """
-        both = zip(self.parts, self._columns, strict=True)
-        placed = sorted(
-            (part.chunks[0][0], i) for i, (part, _) in enumerate(both) if part.chunks
-        )
         end = 0
-        for _, i in placed:
-            part = self.parts[i]
-            size = part.chunk_rows * part.row_bytes
-            data = self._columns[i].chunks(part.chunk_rows)
-            for chunk, piece in zip(part.chunks, data, strict=True):
-                yield self._skeleton.slice(end, chunk[0])
-                chunk[1] = zlib.crc32(piece)
-                yield piece
-                end = chunk[0] + size
+        for offset, data in self._placed():
+            yield self._skeleton.slice(end, offset)
+            yield data
+            end = offset + len(data)
         yield self._skeleton.slice(end, self.nbytes)
+
+    def _placed(self) -> Iterator[tuple[int, memoryview | bytes]]:
+        """Yield every chunk and where it goes, in the order of the file."""
+        both = zip(self.parts, self._columns, strict=True)
+        filled = [(part, column) for part, column in both if part.chunks]
+        for part, column in sorted(filled, key=lambda each: each[0].chunks[0][0]):
+            data = column.chunks(part.chunk_rows)
+            for chunk, piece in zip(part.chunks, data, strict=True):
+                chunk[1] = zlib.crc32(piece)
+                yield chunk[0], piece
+        sums = [crc for part in self.parts for _, crc in part.chunks]
+        yield self._own[0], seal(self._frame, sums)
+        yield self._own[1], self._frame
+
+
+def seal(frame: bytes, crcs: Sequence[int]) -> bytes:
+    """Return the checksums of a segment's chunks, closed by one of them and a frame."""
+    data = np.array(crcs, "<u4").tobytes()
+    return data + np.array([zlib.crc32(data, zlib.crc32(frame))], "<u4").tobytes()
 
 
 def _add(file: h5py.File, column: Column) -> Part:
-    import h5py
-
     shape = (column.n_rows, *column.stored_row_shape)
     n_chunks = -(-column.n_rows * column.row_bytes // CHUNK_BYTES)
     # Even chunks, not full ones and a rest: the padding is below a row a chunk.
     chunk_rows = -(-column.n_rows // max(n_chunks, 1)) if column.row_bytes else 0
     name = str(column.dtype).removeprefix("torch.")
-    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    dataset = file.create_dataset(
-        column.name,
-        shape=shape,
-        dtype=column.h5_dtype,
-        # HDF5 cannot chunk what has no elements.
-        chunks=(chunk_rows, *column.stored_row_shape) if chunk_rows else None,
-        track_times=False,
-        dcpl=plan,
-    )
+    # HDF5 cannot chunk what has no elements.
+    chunks = (chunk_rows, *column.stored_row_shape) if chunk_rows else None
+    dataset = _reserve(file, column.name, shape, column.h5_dtype, chunks)
     if column.dtype.is_floating_point and column.h5_dtype.kind == "u":
         # A fixed-length string: variable ones live in a heap of their own.
         dataset.attrs["torch_dtype"] = np.bytes_(name)
@@ -116,7 +134,30 @@ def _add(file: h5py.File, column: Column) -> Part:
     )
 
 
-def _place(dataset: h5py.Dataset, row: int) -> int:
+def _reserve(
+    file: h5py.File,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...] | None = (),
+) -> h5py.Dataset:
+    """Return a new dataset whose chunks (one, by default) have their place."""
+    import h5py
+
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    return file.create_dataset(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=shape if chunks == () else chunks,
+        track_times=False,
+        dcpl=plan,
+    )
+
+
+def _place(dataset: h5py.Dataset, row: int = 0) -> int:
     """Return where in the file the chunk that starts at ``row`` is."""
     first = (row, *[0] * (dataset.ndim - 1))
     return int(dataset.id.get_chunk_info_by_coord(first).byte_offset)
@@ -141,7 +182,8 @@ def check(image: Skeleton, parts: list[Part]) -> None:
                 names.append(name) if isinstance(item, h5py.Dataset) else None
             )
         )
-        sound = sorted(names) == sorted(part.name for part in parts) and all(
+        meant = [CRC32, FRAME, *(part.name for part in parts)]
+        sound = sorted(names) == sorted(meant) and all(
             _matches(file[part.name], part) for part in parts
         )
     if not sound:

@@ -21,19 +21,13 @@ import torch
 from torch import Tensor
 
 from repscope.snapshot import StreamKey
-from repscope.store import files
+from repscope.store import files, manifest
 from repscope.store.index import SCALARS, Part, is_rows
-from repscope.store.manifest import sync_data
 from repscope.store.pending import Record
 
 _MAGIC = b"RSW1"
 _HEAD = struct.Struct("<4sQI")
 _CRC = struct.Struct("<I")
-
-
-def path_of(store: Path, number: int) -> Path:
-    """Return where the log since frame ``number`` is."""
-    return store / "wal" / f"{number:08d}.log"
 
 
 # -- writing -----------------------------------------------------------------
@@ -48,7 +42,7 @@ class Log:
     def __init__(self, store: Path, number: int) -> None:
         self._store = store
         self._fd = -1
-        self._path = path_of(store, number)
+        self._path = manifest.locate(store, number, log=True)
         self.restart(number)
         (store / "wal").mkdir(exist_ok=True)
         files.sync_directory(store)
@@ -58,7 +52,7 @@ class Log:
         if self._fd >= 0:
             self.close()
             files.discard(self._path)
-        self._path = path_of(self._store, number)
+        self._path = manifest.locate(self._store, number, log=True)
         self._seq = 0
         self.size = 0
         self.sound = True
@@ -88,7 +82,9 @@ class Log:
                 os.ftruncate(self._fd, self.size)
                 self.sound = True
             raise
-        sync_data(self._fd)  # after a failure here this file is never used again
+        manifest.sync_data(
+            self._fd
+        )  # after a failure here this file is never used again
         self.sound = True
         self.size += len(data)
         self._seq += len(records)
@@ -153,7 +149,7 @@ def read(store: Path, number: int) -> tuple[list[dict[str, Any]], int]:
     Returns:
         Whole entries as frames, whose chunks lie in the log; and the bytes after them.
     """
-    path = path_of(store, number)
+    path = manifest.locate(store, number, log=True)
     if not path.is_file():
         return [], 0
     data, frames, end = path.read_bytes(), [], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -9,10 +10,10 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from repscope.errors import (
     ClosedStore,
@@ -33,6 +34,7 @@ SEGMENT_BYTES = 2**26
 COMMIT_SECONDS = 10.0
 _FRAME_BYTES = 4096
 
+T = TypeVar("T")
 Durability = Literal["batch", "append"]
 
 
@@ -162,6 +164,7 @@ class Writer:
         self._manifest = frames
         self._pending = Pending()
         self._acked: Counter[StreamKey] = Counter()
+        self._about = manifest.follow({}, {}, 0) if catalog is None else catalog.about
         if catalog is not None:
             self._pending = Pending(
                 {
@@ -314,8 +317,10 @@ class Writer:
 
     def write_frame(self, frame: Mapping[str, Any]) -> None:
         """Write a frame without records, and make it durable."""
+        seq = self._manifest.seq
         self._manifest.write(dict(frame))
         self._manifest.sync()
+        self._about = manifest.follow(self._about, frame, seq)
 
     @property
     def pending_bytes(self) -> int:
@@ -352,10 +357,37 @@ class Writer:
         if self.progress is not None:
             frame["progress"] = self.progress
         written: list[Path] = []
-        try:
-            if self._pending.records:
-                frame |= self._write_pending(written)
+        with self._framing(written) as seq:
+            if records := self._pending.records:
+                settle_scalars(records)
+                frame["steps"] = to_spans(record.step for record in records)
+                frame["tags"] = [[i, t] for i, r in enumerate(records) for t in r.tags]
+                columns = plan(records, limit=_data_bytes())
+                frame["segments"] = self._write_segments(columns, written, frame)
             self._manifest.write(frame)
+        if written:
+            self._batches.append(Batch(self._locate, 0, frame, seq))
+        self._acked += self._pending.rows(first=self._logged)
+        self._logged = 0
+        self._pending.clear()
+        if self._log is not None:
+            self._log.restart(self._manifest.seq)
+        self._about = manifest.follow(self._about, frame, seq)
+        self._notes = {}
+        self._noted = frame.get("progress")
+
+    @contextlib.contextmanager
+    def _framing(self, written: list[Path]) -> Iterator[int]:
+        """Make the frame that is written inside durable, or take everything back.
+
+        Args:
+            written: Files that the frame names; after a failure they are removed.
+
+        Yields:
+            The number of the frame.
+        """
+        try:
+            yield self._manifest.seq
         except BaseException:
             # Once no frame names them, they are not part of the store.
             self._manifest.undo()
@@ -367,51 +399,31 @@ class Writer:
         self._next_segment += len(written)
         if self._log is not None:
             self._log.sound = False
-        seq = self._manifest.seq
         self._manifest.sync()
-        if written:
-            self._batches.append(Batch(self.path, 0, frame, seq))
-        self._acked += self._pending.rows(first=self._logged)
-        self._logged = 0
-        self._pending.clear()
-        if self._log is not None:
-            self._log.restart(self._manifest.seq)
-        self._notes = {}
-        self._noted = frame.get("progress")
-
-    def _write_pending(self, written: list[Path]) -> dict[str, Any]:
-        """Write the pending records to new segments.
-
-        Args:
-            written: Gets the path of every file made.
-
-        Returns:
-            What the frame says about them.
-        """
-        records = self._pending.records
-        settle_scalars(records)
-        columns = plan(records, limit=_data_bytes())
-        return {
-            "steps": to_spans(record.step for record in records),
-            "tags": [[i, tag] for i, r in enumerate(records) for tag in r.tags],
-            "segments": self._write_segments(columns, written),
-        }
 
     def _write_segments(
-        self, contents: Iterable[list[Column]], written: list[Path]
+        self,
+        contents: Iterable[list[Column]],
+        written: list[Path],
+        frame: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Write new segments.
 
         Args:
             contents: Columns of each.
             written: Gets the path of every file made, for removal after a failure.
+            frame: What the frame says, apart from its segments.
 
         Returns:
             What the frame says about them.
         """
-        segments, folder = [], self.path / "segments"
-        for number, columns in enumerate(contents, start=self._next_segment):
-            image = segment.Image(columns)
+        segments: list[dict[str, Any]] = []
+        folder = self.path / "segments"
+        run = self._about | {"meta": self._about["meta"] | self._notes}
+        for place, (columns, last) in enumerate(_with_last(contents)):
+            number = self._next_segment + place
+            about = {"run": run, "frame": frame, "place": place, "last": last}
+            image = segment.Image(columns, seq=self._manifest.seq, about=about)
             temp = folder / f".tmp-{number}-{os.getpid()}"
             files.write_new(temp, image.pieces())
             written.append(temp)
@@ -422,9 +434,12 @@ class Writer:
             }
             segments.append(index)
         for i, info in enumerate(segments):
-            written[i] = written[i].rename(folder / f"{info['number']:08d}.h5")
+            written[i] = written[i].rename(self._locate(info["number"]))
         files.sync_directory(folder)
         return segments
+
+    def _locate(self, number: int, log: bool = False) -> Path:
+        return manifest.locate(self.path, number, log=log)
 
     # -- few files -----------------------------------------------------------
     def _compact(self) -> None:
@@ -454,25 +469,25 @@ class Writer:
             The new batch.
         """
         written: list[Path] = []
-        try:
-            segments = self._write_segments([compact.columns(batches)], written)
-            frame = compact.frame(batches, segments)
+        frame = compact.frame(batches)
+        with self._framing(written) as seq:
+            columns = compact.columns(batches)
+            frame["segments"] = self._write_segments([columns], written, frame)
             self._manifest.write(frame)
-        except BaseException:
-            self._manifest.undo()
-            for path in written:
-                files.discard(path)
-            raise
-        self._next_segment += len(written)
-        if self._log is not None:
-            self._log.sound = False
-        seq = self._manifest.seq
-        self._manifest.sync()
         if self._log is not None:
             self._log.restart(self._manifest.seq)
         for number in (number for batch in batches for number in batch.numbers):
-            files.discard(self.path / "segments" / f"{number:08d}.h5")
-        return Batch(self.path, 0, frame, seq)
+            files.discard(self._locate(number))
+        return Batch(self._locate, 0, frame, seq)
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item, and whether it is the last."""
+    before: list[T] = []
+    for item in items:
+        yield from ((each, False) for each in before)
+        before = [item]
+    yield from ((each, True) for each in before)
 
 
 def check_options(durability: str, max_store_bytes: int | None) -> None:

@@ -137,7 +137,7 @@ def test_a_disk_too_full_to_merge_still_records(create, snapshot, same, monkeypa
     w = create()
     commits(w, snapshot, range(15))
 
-    def full(batches, segments):
+    def full(batches):
         raise OSError(28, "full")
 
     monkeypatch.setattr(compact, "frame", full)

@@ -111,11 +111,12 @@ def test_any_changed_byte_of_the_last_frame_hides_it(create, snapshot):
         assert store.open(w.path).steps == [0]
 
 
-def test_a_frame_out_of_order_ends_the_store(path):
+def test_a_frame_out_of_order_is_damage(path):
     data = (path / "MANIFEST").read_bytes()
     second = data.index(b"RSF1", 4)
     (path / "MANIFEST").write_bytes(data[:second] * 2 + data[second:])
-    assert store.open(path).steps == []
+    with pytest.raises(CorruptSegment, match="damaged at byte"):
+        store.open(path)
 
 
 def test_a_manifest_cut_inside_its_header(path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from repscope.errors import (
     UsageError,
 )
 from repscope.snapshot import Snapshot
-from repscope.store import manifest
+from repscope.store import files, manifest
 
 
 @pytest.fixture
@@ -116,26 +118,70 @@ def test_the_quarantine_never_overwrites(path, reopen):
     assert len(store.open(path).meta["recovered"]) == 2
 
 
-def test_a_torn_manifest_at_any_byte(path, reopen, snapshot, same):
-    """Whole frames survive; the next commit follows the last of them."""
+def test_a_torn_manifest_at_any_byte(path, reopen, snapshot, same, tmp_path):
+    """The segments of a torn frame carry it: what they hold is adopted."""
     whole = (path / "MANIFEST").read_bytes()
     starts = [end for _, end in manifest.scan(whole)]
-    for length in range(starts[-2] + 1, starts[-1], 97):
-        (path / "MANIFEST").write_bytes(whole[:length])
-        for file in (path / "quarantine").glob("0*"):
-            file.rename(path / "segments" / "00000002.h5")
-        w = reopen(path)
-        assert w.progress == 3
-        w.append(snapshot(4))
+    for length in range(starts[-2], starts[-1], 97):
+        torn = tmp_path / str(length)
+        shutil.copytree(path, torn)
+        (torn / "MANIFEST").write_bytes(whole[:length])
+        assert store.open(torn).steps == [0, 1, 2, 3]
+        w = reopen(torn)
+        assert w.progress == 5
+        assert w.recovered["adopted"] == [2]
+        assert w.acked_rows("outputs", "fc1") == 36
+        w.append(snapshot(6))
         w.close()
-        run = store.open(path)
-        assert run.steps == [0, 1, 2, 3, 4]
-        same.tensor(run.read("fc1", 4), snapshot(4).streams["outputs", "fc1"])
-        for file in (path / "segments").iterdir():
-            if int(file.stem) > 1:
-                file.unlink()
-        for file in (path / "quarantine").glob("M*"):
-            file.unlink()
+        run = store.open(torn)
+        assert run.tags["latest"] == 5
+        for step, seen in enumerate(run.snapshots()):
+            same.tensor(
+                seen.streams["outputs", "fc1"],
+                snapshot(step).streams["outputs", "fc1"],
+            )
+        assert run.steps == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_segment_that_is_not_whole_is_not_adopted(path, reopen, snapshot):
+    whole = (path / "MANIFEST").read_bytes()
+    end = [end for _, end in manifest.scan(whole)][-2]
+    (path / "MANIFEST").write_bytes(whole[:end])
+    last = path / "segments" / "00000002.h5"
+    data = bytearray(last.read_bytes())
+    data[
+        store.open(path)._catalog.batches[0].parts["outputs", "fc1"][0].part.block
+    ] ^= 1
+    last.write_bytes(data)
+    w = reopen(path)
+    assert w.progress == 3
+    assert w.recovered == {"quarantined": ["00000002.h5"]}
+    w.append(snapshot(4))
+    w.close()
+    assert store.open(path).steps == [0, 1, 2, 3, 4]
+
+
+def test_the_log_wins_over_an_earlier_try_that_left_its_segments(
+    tmp_path, reopen, snapshot, same, monkeypatch
+):
+    """A commit fails at its frame and cannot remove what it wrote; the log goes on."""
+    path = tmp_path / "run"
+    w = store.create(path, meta={}, durability="append")
+    w.append(snapshot(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(w._manifest, "write", lambda frame: 1 / 0)
+        patch.setattr(files, "discard", lambda path: None)
+        with pytest.raises(ZeroDivisionError):
+            w.commit()
+    w.append(snapshot(1))
+    w.abort()
+    assert (path / "segments" / "00000000.h5").exists()
+    again = reopen(path)
+    assert again.recovered == {"quarantined": ["00000000.h5"]}
+    again.close()
+    for step, seen in enumerate(store.open(path).snapshots()):
+        same(seen, snapshot(step))
+    assert store.open(path).steps == [0, 1]
 
 
 def test_damage_before_whole_frames_is_not_a_torn_tail(path, reopen):
@@ -144,8 +190,10 @@ def test_damage_before_whole_frames_is_not_a_torn_tail(path, reopen):
     data[start + 40] ^= 1
     (path / "MANIFEST").write_bytes(data)
     before = tree(path)
-    with pytest.raises(CorruptSegment, match=f"damaged at byte {start}, but whole"):
+    with pytest.raises(CorruptSegment, match=f"damaged at byte {start}, and whole"):
         reopen(path)
+    with pytest.raises(CorruptSegment, match="repscope check --repair"):
+        store.open(path)
     assert tree(path) == before
     store.remove(path)  # the lock was let go
 

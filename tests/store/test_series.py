@@ -82,9 +82,12 @@ def test_records_that_are_cut_or_flat(create, tiny, same):
     """Larger than a segment of 8 KB: cut between rows, and inside a row."""
     w = create()
     for step in range(3):
-        w.append(Snapshot(step, {("outputs", "cut"): tensor(step, (700, 5), DTYPES[0]),
-                                 ("outputs", "flat"): tensor(step, (2, 3000), DTYPES[0]),
-                                 ("weights", "w"): tensor(step, (9, 999), DTYPES[0])}))  # fmt: skip
+        streams = {
+            ("outputs", "cut"): tensor(step, (700, 5), torch.float32),
+            ("outputs", "flat"): tensor(step, (2, 3000), torch.float32),
+            ("weights", "w"): tensor(step, (9, 999), torch.float32),
+        }
+        w.append(Snapshot(step, streams))
     w.close()
     run = store.open(w.path)
     for layer, target in (("cut", "outputs"), ("flat", "outputs"), ("w", "weights")):
@@ -104,8 +107,8 @@ def test_what_is_only_in_the_log(tmp_path, snapshot, same):
 def test_rows_without_units(create, same):
     w = create()
     for step in range(2):
-        w.append(Snapshot(step, {("outputs", "a"): torch.arange(4.0) + step,
-                                 ("weights", "t"): torch.tensor(float(step))}))  # fmt: skip
+        rows, tensor = torch.arange(4.0) + step, torch.tensor(float(step))
+        w.append(Snapshot(step, {("outputs", "a"): rows, ("weights", "t"): tensor}))
     w.close()
     run = store.open(w.path)
     same.tensor(run.series("a"), torch.tensor([[0.0, 1, 2, 3], [1, 2, 3, 4]]))
