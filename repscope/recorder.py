@@ -69,7 +69,10 @@ class Recorder:
 
     Args:
         model: Any module; it is only weakly referenced.
-        path: Where the store goes; it must not exist, unless ``resume`` is given.
+        path: Where the store goes; it must not exist, unless ``resume`` is given. A
+            name that ends in ``.h5`` becomes one file: it is recorded into the
+            directory ``<path>.rscope`` and packed by `close()`; `rs.open` finds
+            whichever is there.
         layers: A glob over leaf modules, an exact name (containers too), a module
             type, a predicate ``(name, module) -> bool``, or a list of these.
         capture: Targets: ``"outputs"`` of the selected layers, ``"weights"`` (every
@@ -167,7 +170,7 @@ class Recorder:
         except BaseException:
             self._taps.detach()
             raise
-        self.path = self._writer.path
+        self.path = self._writer.one_file or self._writer.path
         try:
             self._start(new)
         except BaseException:
@@ -455,7 +458,7 @@ def _writer(
     at = None if resume is True else operator.index(resume)
     if not at and store.is_stillborn(path):
         store.remove(path)
-    if not at and not os.path.lexists(path):
+    if not at and not store.exists(path):
         return store.create(path, meta=facts, **options), True
     run = store.open(path)
     _check_same(run, facts["recorder"])

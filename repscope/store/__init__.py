@@ -4,16 +4,19 @@ A store is written by one `Writer` at a time, as immutable HDF5 segments and an
 append-only manifest, and read as a `Run`, also while it is being written.
 """
 
+from repscope.store.onefile import pack
 from repscope.store.reader import Run, open
 from repscope.store.recovery import is_stillborn, reopen, repair
-from repscope.store.writer import Writer, create, remove
+from repscope.store.writer import Writer, create, exists, remove
 
 __all__ = [
     "Run",
     "Writer",
     "create",
+    "exists",
     "is_stillborn",
     "open",
+    "pack",
     "remove",
     "reopen",
     "repair",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repscope.errors import CorruptSegment, UsageError
+from repscope.errors import CorruptSegment, NotAStore, UntrustedStore, UsageError
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import manifest, schema, wal
+from repscope.store import contents, manifest
 from repscope.store.chunks import StoredPart
 from repscope.store.index import (
     LABELS,
@@ -33,11 +32,11 @@ from repscope.store.index import (
 
 T = TypeVar("T")
 
+_UNTRUSTED_BYTES = 2**30
 # Integers of each size: values are moved as bits
 _BITS = MappingProxyType(
     {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 )
-_TRIES = 20  # a writer folds its log every 10 s at most
 
 
 class Batch:
@@ -164,31 +163,17 @@ class Batch:
         return None
 
 
-def _frames(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the frames of the manifest, and what the log has beyond them."""
-    for _ in range(_TRIES):
-        before = (path / "MANIFEST").stat() if (path / "wal").is_dir() else None
-        frames = manifest.read(path)
-        logged, _ = wal.read(path, len(frames))
-        if before is None or _same_file(before, (path / "MANIFEST").stat()):
-            break
-        # The log was folded into a segment meanwhile: look again.
-    return frames, logged
-
-
-def _same_file(a: os.stat_result, b: os.stat_result) -> bool:
-    return (a.st_ino, a.st_size) == (b.st_ino, b.st_size)
-
-
 class Catalog:
     """Everything the manifest of a store says.
 
     Args:
-        path: The store.
+        path: The store, a directory or a packed file.
+        trust: As for `open`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust: contents.Trust = "default") -> None:
         self.path = path
+        self.trust = trust
         self.about = manifest.follow({}, {}, 0)
         self.meta: dict[str, Any] = {}
         self.closed = False
@@ -199,9 +184,9 @@ class Catalog:
         self.replaced: set[int] = set()
         self._batches: list[Batch] = []
         self._recorded: dict[StreamKey, tuple[Ints, Ints]] = {}
-        frames, logged = _frames(path)
+        self._packed = not path.is_dir()
+        frames, logged = contents.read(path, trust=trust)
         for seq, frame in enumerate(frames + logged):
-            schema.check(path, frame)
             self._take(frame, seq)
         self.n_frames, self.n_logged = len(frames), len(logged)
         self._index()
@@ -228,6 +213,8 @@ class Catalog:
             self._count(frame)
 
     def _locate(self, number: int, log: bool) -> Path:
+        if self._packed:
+            return self.path
         return manifest.locate(self.path, number, log=log)
 
     def _count(self, frame: Mapping[str, Any]) -> None:
@@ -318,6 +305,23 @@ class Catalog:
         """Return the step of a record."""
         batch = self.batch(record)
         return int(batch.steps[record - batch.first])
+
+    def visible(self) -> list[tuple[int, int, tuple[str, ...]]]:
+        """Return number, step and tags of every record that no rewind has hidden."""
+        return [
+            (batch.first + i, int(batch.steps[i]), self.tags_of(batch.first + i))
+            for batch in self._batches
+            for i in np.flatnonzero(batch.visible).tolist()
+        ]
+
+    def records_of(self, key: StreamKey) -> list[int]:
+        """Return the visible records that have a stream, in order."""
+        found = [batch.recorded(key)[1] for batch in self._batches]
+        return [record for each in found for record in each.tolist()]
+
+    def dtype(self, key: StreamKey, record: int) -> torch.dtype:
+        """Return the element type of a stream."""
+        return self.batch(record).parts[key][0].part.torch_dtype
 
     def tags_of(self, record: int) -> tuple[str, ...]:
         """Return the tags of a record."""
@@ -424,11 +428,17 @@ class Catalog:
 
         Raises:
             CorruptSegment: If it cannot be read and nothing was moved.
+            NotAStore: If there is no store any more.
         """
         try:
             return read(self)
         except CorruptSegment:
-            now = Catalog(self.path)
+            if not self.path.exists():
+                raise NotAStore(
+                    f"{self.path} is gone: the run was packed into one file, moved or "
+                    "removed since it was opened; refresh() it or open it again"
+                ) from None
+            now = Catalog(self.path, trust=self.trust)
             moved = (now.files, now.n_logged) != (self.files, self.n_logged)
             if not moved or now.n_records < self.n_records:
                 raise
@@ -458,6 +468,8 @@ class Catalog:
         first = self.shape(key, records[0])
         shape = (*first[:-1], len(np.arange(first[-1])[units])) if first else ()
         dtype = self.batch(records[0]).parts[key][0].part.torch_dtype
+        nbytes = len(records) * math.prod(shape) * dtype.itemsize
+        self._check_budget(key, nbytes)
         out = torch.empty((len(records), *shape), dtype=dtype)
         bits, filled = out.view(_BITS[dtype.itemsize]).numpy(), np.zeros(len(out), bool)
         wanted = np.array(records, np.int64)
@@ -494,6 +506,7 @@ class Catalog:
                 f"{self.step(record)} the shape {shape}, but {nbytes} bytes; restore "
                 "it from a copy"
             )
+        self._check_budget(key, nbytes)
         out = torch.empty(shape, dtype=dtype)
         raw, filled = out.reshape(-1).view(torch.uint8).numpy(), 0
         for stored, start, rows in found:
@@ -501,6 +514,19 @@ class Catalog:
             stored.read(start, rows, raw[filled : filled + size])
             filled += size
         return out
+
+    def _check_budget(self, key: StreamKey, nbytes: int) -> None:
+        """Refuse to give a stranger's store more memory than it may have.
+
+        Raises:
+            UntrustedStore: If it asks for more.
+        """
+        if self.trust == "untrusted" and nbytes > _UNTRUSTED_BYTES:
+            raise UntrustedStore(
+                f"{self.path} declares {nbytes} bytes for {key[0]} of layer "
+                f"{key[1]!r}; an untrusted store gets at most {_UNTRUSTED_BYTES} "
+                "a read: choose fewer steps or units"
+            )
 
     def columns(self, target: str) -> list[tuple[str, list[int], Tensor]]:
         """Return layer, steps and stacked values of one-value streams, a part each.

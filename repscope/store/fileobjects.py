@@ -7,8 +7,9 @@ objects whose writes cannot fail: memory, or a file of ours that remembers its e
 from __future__ import annotations
 
 import io
+import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _PAGE = 4096
@@ -83,6 +84,56 @@ class Skeleton(_FileObject):
             bytes(self._pages.get(page, hole)[at : at + high - low])
             for page, at, low, high in _pages(start, stop - start)
         )
+
+
+class Through(_FileObject):
+    """A file on disk whose first error is kept, and ends all writing.
+
+    Args:
+        fd: Open for reading and writing; empty.
+
+    Attributes:
+        error: The first thing that the operating system refused, or None.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self.error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the first error, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Return the size, once it is set."""
+        new = super().truncate(size)
+        self._try(lambda: os.ftruncate(self._fd, new))
+        return new
+
+    def _put(self, at: int, data: memoryview) -> None:
+        def write() -> None:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], at + done)
+
+        self._try(write)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self.error is None:
+            try:
+                action()
+            except OSError as error:
+                self.error = error
+
+    def slice(self, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` to ``stop``."""
+        pieces = []
+        while start < stop and (piece := os.pread(self._fd, stop - start, start)):
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join([*pieces, bytes(stop - start)])
 
 
 def _pages(start: int, size: int) -> Iterator[tuple[int, int, int, int]]:

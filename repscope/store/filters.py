@@ -94,7 +94,7 @@ def _zstd_size(head: bytes) -> int:
 
     The library would allocate it before it looks at the data.
     """
-    if len(head) < 14 or int.from_bytes(head[:4], "little") != _ZSTD_MAGIC:
+    if len(head) < 6 or int.from_bytes(head[:4], "little") != _ZSTD_MAGIC:
         return -1
     descriptor = head[4]
     single, code = descriptor >> 5 & 1, descriptor >> 6

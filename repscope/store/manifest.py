@@ -21,6 +21,7 @@ VERSION = 1
 _REPAIR = "`repscope check --repair {}`"
 _FORMAT = "RepScope store\nversion "
 MAGIC = b"RSF1"
+_LONGEST_LOOK = 64
 _HEAD = struct.Struct("<4sQI")
 _CRC = struct.Struct("<I")
 
@@ -188,13 +189,7 @@ def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
     """
     check_format(path)
     data = (path / "MANIFEST").read_bytes()
-    try:
-        found = list(scan(data))
-    except (ValueError, RecursionError) as error:
-        raise CorruptSegment(
-            f"{path}/MANIFEST holds a frame that is no JSON ({error!r:.80}), though "
-            "its checksum is good: no RepScope wrote it so. Restore it from a copy"
-        ) from None
+    found = _scanned(data, path / "MANIFEST")
     end = found[-1][1] if found else 0
     if has_frame(data[end:]):
         raise CorruptSegment(
@@ -211,12 +206,38 @@ def load(path: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
     return [body for body, _ in found], data[:end], data[end:]
 
 
+def decode_all(data: bytes, path: Path) -> list[dict[str, Any]] | None:
+    """Return the bodies of frames that fill ``data``, or None if they do not.
+
+    Args:
+        data: The content of a manifest.
+        path: Where it is from, for the message.
+    """
+    found = _scanned(data, path)
+    whole = found and found[-1][1] == len(data)
+    return [body for body, _ in found] if whole else None
+
+
+def _scanned(data: bytes, path: Path) -> list[tuple[dict[str, Any], int]]:
+    try:
+        return list(scan(data))
+    except (ValueError, RecursionError) as error:
+        raise CorruptSegment(
+            f"{path} holds a frame that is no JSON ({error!r:.80}), though its "
+            "checksum is good: no RepScope wrote it so. Restore it from a copy"
+        ) from None
+
+
 def has_frame(data: bytes) -> bool:
     """Return whether a whole frame is anywhere in ``data``."""
-    at = data.find(MAGIC)
+    at, looked = data.find(MAGIC), 0
     while at >= 0:
         if _whole(data, at) is not None:
             return True
+        if at + _HEAD.size <= len(data):
+            looked += min(_HEAD.unpack_from(data, at)[2], len(data))
+        if looked > _LONGEST_LOOK * len(data):
+            return True  # made to take for ever: no crash leaves that either
         at = data.find(MAGIC, at + 1)
     return False
 

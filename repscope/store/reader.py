@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from repscope._checks import check_choice
 from repscope.errors import UnknownName, UsageError, suggest
 from repscope.snapshot import Snapshot, StreamKey
+from repscope.store import onefile
 from repscope.store.catalog import Catalog
 from repscope.store.chunks import describe
+from repscope.store.contents import Trust
 from repscope.store.display import as_html, as_text
 from repscope.store.index import LABELS, RESERVED, SCALARS, as_slice, is_rows
 
@@ -22,17 +26,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def open(path: str | os.PathLike[str]) -> Run:
+def open(path: str | os.PathLike[str], *, trust: Trust = "default") -> Run:
     """Open the store of a run for reading.
 
     Nothing on disk is changed and no lock is needed, so a run can be read while it is
     being recorded: what was acknowledged is seen, whole batches at a time.
 
     Args:
-        path: The directory that a Recorder made.
+        path: The directory that a Recorder made, or the one file that it or
+            ``repscope pack`` made. A file ``a.h5`` that is still being recorded is
+            found in ``a.h5.rscope``.
+        trust: ``"default"`` refuses, in a packed file, whatever RepScope never writes:
+            links, data in other files, foreign filters, sizes that cannot be. In a
+            directory no byte of a segment goes through HDF5. ``"untrusted"`` is for
+            stores of strangers: every file is looked at first, in a child process with
+            limits of memory and time; symbolic links are refused too, and a record may
+            have at most 1 GiB.
 
     Returns:
         The run; its tensors are read when asked for.
+
+    Raises:
+        NotAStore: If there is no store.
+        CorruptSegment: If its manifest is damaged.
+        UntrustedStore: If it holds what a store never has.
 
     Example:
         >>> import tempfile, torch
@@ -45,8 +62,9 @@ def open(path: str | os.PathLike[str]) -> Run:
         ...     run = open(f"{folder}/run")
         ...     run.steps, run.read("fc").shape
         ([3], torch.Size([2, 4]))
-    """
-    return Run(Path(path))
+    """  # noqa: DOC502 - raised by those who look
+    check_choice(trust, ("default", "untrusted"), name="trust")
+    return Run(Path(path), trust=trust)
 
 
 class Run:
@@ -54,11 +72,13 @@ class Run:
 
     Args:
         path: The store.
+        trust: As for `open`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust: Trust = "default") -> None:
         self.path = path
-        self._catalog = Catalog(path)
+        self._trust: Trust = trust
+        self.refresh()
 
     def refresh(self) -> Run:
         """Pick up what was acknowledged since.
@@ -66,11 +86,11 @@ class Run:
         Returns:
             The run itself.
         """
-        self._catalog = Catalog(self.path)
+        self._catalog = Catalog(onefile.located(self.path), trust=self._trust)
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Run], tuple[Path]]:
-        return open, (self.path,)
+        return functools.partial(open, trust=self._trust), (self.path,)
 
     def __repr__(self) -> str:
         return as_text(self)

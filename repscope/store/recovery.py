@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
+import shutil
 import stat
 import time
 from pathlib import Path
 from typing import Any
 
 from repscope.errors import CorruptSegment, FormatTooNew, NotAStore, UsageError
-from repscope.store import files, manifest, rebuild, wal
+from repscope.store import files, manifest, onefile, rebuild, wal
 from repscope.store.catalog import Catalog
 from repscope.store.lock import Lock
-from repscope.store.writer import Durability, Writer, check_options
+from repscope.store.writer import Durability, Writer, check_options, create
 
 _OWN = {"LOCK", "LOCK.excl", "FORMAT", "MANIFEST", "segments", "wal"}
 
@@ -34,7 +35,8 @@ def reopen(
     `Writer.recovered` and in the ``recovered`` notes of `Run.meta`.
 
     Args:
-        path: The directory of a store, whether it was closed or not.
+        path: A store, whether it was closed or not. One that was packed into a file
+            is unpacked, and packed again by `Writer.close`.
         at: Go on after this step; records of later steps stay on disk and are hidden
             from every reader from now on. ``None`` goes on after the last
             acknowledged step.
@@ -51,21 +53,47 @@ def reopen(
     if at is not None and operator.index(at) < 0:
         raise UsageError(f"a run goes on at a step >= 0, got {at}")
     check_options(durability, max_store_bytes)
+    one_file = path if onefile.is_one_file(path) else None
+    if one_file is not None:
+        path = onefile.workplace(path)
+        if not path.exists():
+            _unpack(one_file, path)
     manifest.check_format(path)  # no LOCK in a directory that is no store
     lock = Lock(path / "LOCK")
     try:
         with files.disk_errors(
             f"recovering the store {path}", advice="what was acknowledged is safe"
         ):
-            return _go_on(path, lock, at, durability, max_store_bytes)
+            writer = _go_on(path, lock, at, durability, max_store_bytes)
     except BaseException:
         lock.release()
+        raise
+    writer.one_file = one_file
+    return writer
+
+
+def _unpack(file: Path, path: Path) -> None:
+    """Make the directory that a packed store would come from; it is whole or absent."""
+    catalog = Catalog(file)
+    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    shutil.rmtree(temp, ignore_errors=True)
+    writer = create(temp, meta=catalog.meta)
+    try:
+        for record, *_ in catalog.visible():
+            writer.append(catalog.snapshot(record, list(catalog.last)))
+        writer.progress = catalog.done
+        writer.close()
+        temp.rename(path)
+        files.sync_directory(path.parent)
+    except BaseException:
+        writer.abort()
+        shutil.rmtree(temp, ignore_errors=True)
         raise
 
 
 def is_stillborn(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is a directory that a writer died in before its start."""
-    path = Path(path)
+    path = onefile.located(Path(path))
     if not path.is_dir():
         return False
     names = {f.name for f in path.iterdir() if not f.name.startswith(".tmp-")}
@@ -89,7 +117,7 @@ def repair(path: str | os.PathLike[str]) -> dict[str, Any]:
     are: reading them raises `CorruptSegment`, and only a copy brings them back.
 
     Args:
-        path: The directory of a store that nobody is writing to.
+        path: A store that nobody is writing to. A packed file has nothing to repair.
 
     Returns:
         What was found, as JSON; empty if nothing was.
@@ -97,8 +125,11 @@ def repair(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         NotAStore: If ``path`` is no store at all.
     """
-    path = Path(path).absolute()
+    path = onefile.located(Path(path).absolute())
     found: dict[str, Any] = {}
+    if path.is_file():
+        Catalog(path)
+        return found
     if not (path / "segments").is_dir() and not (path / "FORMAT").is_file():
         raise NotAStore(f"{path} has neither FORMAT nor segments/: it is no store")
     lock = Lock(path / "LOCK")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from repscope.errors import CorruptSegment
+from repscope.store.filters import PIPELINES
 from repscope.store.index import DTYPES, LABELS, SCALARS, Spans
 
 MOST_RECORDS = 2**24  # of one batch; a commit every 10 s makes some thousands
 _LARGEST = 2**62
+_MOST_CHUNK = 2**32  # what HDF5 can have
 
 
 def check(path: Path, frame: Any) -> None:
@@ -123,7 +125,22 @@ def _shape(shape: Sequence[Any]) -> list[int]:
 def _chunks(part: Mapping[str, Any], rows: int, row_bytes: int, nbytes: int) -> None:
     chunks, chunk_rows = part["chunks"], _int(part["chunk_rows"], "chunk_rows")
     expected = -(-rows // max(chunk_rows, 1)) if rows * row_bytes else 0
+    chunk_bytes = chunk_rows * row_bytes
+    if grid := _shape(part.get("grid", ())):
+        sides = list(zip(part["shape"], grid, strict=True))
+        _want(all(0 < side <= max(size, 1) for size, side in sides), "grid")
+        _want(grid[0] == chunk_rows, "grid")
+        expected = math.prod(-(-size // side) for size, side in sides)
+        chunk_bytes = math.prod(grid) * DTYPES[part["dtype"]].itemsize
     _want(len(chunks) == expected and (chunk_rows > 0 or not expected), "chunks")
-    for offset, crc in chunks:
-        _want(_int(offset, "chunks") + chunk_rows * row_bytes <= nbytes, "chunks")
+    packed = part.get("filter", "")
+    _want(packed in PIPELINES and chunk_bytes <= _MOST_CHUNK, "filter")
+    total = 0
+    for offset, crc, *size in chunks:
+        _want(len(size) == bool(packed), "chunks")
+        taken = _int(size[0], "chunks") if packed else chunk_bytes
+        total += taken
+        _want(_int(offset, "chunks") + taken <= nbytes, "chunks")
         _int(crc, "chunks", below=2**32)
+    # No byte of a file is two rows of a stream: a small file stays small when read.
+    _want(total <= nbytes, "chunks")

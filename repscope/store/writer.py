@@ -23,7 +23,7 @@ from repscope.errors import (
     UsageError,
 )
 from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import compact, files, manifest, segment, wal
+from repscope.store import compact, files, manifest, onefile, segment, wal
 from repscope.store.catalog import Batch, Catalog
 from repscope.store.columns import Column, plan
 from repscope.store.index import DTYPES, SCALARS, to_spans
@@ -48,7 +48,9 @@ def create(
     """Make a new store and return its writer.
 
     Args:
-        path: Where the directory of the store will be; parents are made.
+        path: Where the directory of the store will be; parents are made. A name that
+            ends in ``.h5`` becomes one file: `Writer.close` packs the directory
+            ``<path>.rscope`` into it.
         meta: JSON-able facts about the run.
         durability: ``"append"`` makes every `Writer.append` durable before it returns;
             ``"batch"`` leaves that to `Writer.commit`.
@@ -64,6 +66,10 @@ def create(
     # Absolute: a script may change its folder while it is recorded.
     path, facts = Path(path).absolute(), as_json(meta)
     check_options(durability, max_store_bytes)
+    one_file = path if onefile.is_one_file(path) else None
+    if one_file is not None:
+        onefile.check_free(path)
+        path = onefile.workplace(path)
     try:
         files.make_directory(path)
     except FileExistsError as error:
@@ -78,7 +84,14 @@ def create(
         shutil.rmtree(path, ignore_errors=True)
         raise
     writer.max_store_bytes = max_store_bytes
+    writer.one_file = one_file
     return writer
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Return whether something is where a store would be, or is recorded."""
+    path = Path(path)
+    return os.path.lexists(path) or os.path.lexists(onefile.located(path))
 
 
 def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
@@ -109,13 +122,17 @@ def remove(path: str | os.PathLike[str]) -> None:
     says who that is.
 
     Args:
-        path: The directory of the store.
+        path: The directory of the store, or the file that it is packed into.
     """
-    lock = Lock(Path(path) / "LOCK")
-    try:
-        shutil.rmtree(path)
-    finally:
-        lock.release()
+    directory = onefile.located(Path(path))
+    if directory.is_dir():
+        lock = Lock(directory / "LOCK")
+        try:
+            shutil.rmtree(directory)
+        finally:
+            lock.release()
+    if onefile.is_one_file(Path(path)):
+        Path(path).unlink(missing_ok=directory != Path(path))
 
 
 class Writer:
@@ -128,7 +145,8 @@ class Writer:
         catalog: What the store holds, if it is not new.
 
     Attributes:
-        path: The store.
+        path: The directory of the store.
+        one_file: The file that `close` packs it into, or None.
         progress: Optimizer updates done, if the caller counts them; written with the
             next commit, so that `reopen` knows where to go on.
         max_store_bytes: As given to `create`.
@@ -147,6 +165,7 @@ class Writer:
         # the library ends itself there, after whoever registered later than its import.
         importlib.import_module("h5py")
         self.path = path
+        self.one_file: Path | None = None
         self.progress: int | None = None
         self.max_store_bytes: int | None = None
         self.recovered: dict[str, Any] = {}
@@ -285,13 +304,16 @@ class Writer:
     def close(self) -> None:
         """Commit, mark the store as complete and let others write; then do nothing.
 
-        If the commit fails the writer stays open, so that it can be tried again.
+        If the commit or the packing fails the writer stays open, so that it can be
+        tried again; what was committed stays where it is.
         """
         if self._closed:
             return
         self.commit()
         with self._disk_errors():
             self.write_frame({"closed": True})
+        if self.one_file is not None:
+            onefile.finish(self.one_file)
         self._let_go()
 
     def abort(self) -> None:
