@@ -27,7 +27,8 @@ PLOT_KINDS = (
 )
 
 _EPILOG = """exit codes:
-  0 done    2 wrong usage    3 input missing or unreadable    130 interrupted
+  0 done    1 check found damage    2 wrong usage    3 input missing or unreadable
+  130 interrupted
 """
 
 
@@ -146,6 +147,57 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("--layer", metavar="NAME", help="default: the last recorded one")
 
+    check = commands.add_parser(
+        "check",
+        help="look for damage in stores; exit code 1 if there is any",
+        **_examples(
+            "repscope check runs/*",
+            "repscope check --full STORE    # every byte against its checksum",
+            "repscope check --repair STORE  # after a kill, or a damaged manifest",
+        ),
+    )
+    check.add_argument("stores", nargs="+", type=Path, metavar="STORE")
+    check.add_argument(
+        "--full",
+        action="store_true",
+        help="compare every byte, and the HDF5 structure, not only sizes",
+    )
+    check.add_argument(
+        "--repair",
+        action="store_true",
+        help="put right what can be put right first; what it moves aside is kept in "
+        "quarantine/",
+    )
+    check.add_argument(
+        "--untrusted",
+        action="store_true",
+        help="a stranger's store: look at its files in a child process with limits",
+    )
+    check.add_argument("--format", choices=("table", "json"), default="table")
+
+    pack = commands.add_parser(
+        "pack",
+        help="make one portable HDF5 file of a store",
+        **_examples(
+            "repscope pack runs/adamw-0 adamw-0.h5",
+            "repscope pack runs/adamw-0 adamw-0.h5 --compression gzip --layout series",
+        ),
+    )
+    pack.add_argument("store", type=Path, metavar="STORE")
+    pack.add_argument("out", type=Path, metavar="OUT.h5")
+    pack.add_argument(
+        "--compression",
+        choices=("none", "gzip", "zstd"),
+        default="none",
+        help="gzip opens everywhere; zstd needs the compression extra (default none)",
+    )
+    pack.add_argument(
+        "--layout",
+        choices=("step", "series"),
+        default="step",
+        help="what lies together: a step, or a unit's values over all steps",
+    )
+
     report = commands.add_parser(
         "report",
         help="draw the tables, figures and report.html of a folder of stores again",
@@ -155,12 +207,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dispatch(arguments: argparse.Namespace) -> None:
+def _dispatch(arguments: argparse.Namespace) -> int | None:
     # Imported here: torch alone takes a second that --help should not cost.
     runs_studies = arguments.command in ("demo", "study", "report")
     module = "studies" if runs_studies else "stores"
     commands = importlib.import_module(f"repscope.cli.{module}")
-    getattr(commands, arguments.command)(arguments)
+    code: int | None = getattr(commands, arguments.command)(arguments)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,11 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        0 done; 2 wrong usage; 3 input missing or unreadable; 130 interrupted.
+        0 done; 1 `check` found damage; 2 wrong usage; 3 input missing or unreadable;
+        130 interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
-        _dispatch(arguments)
+        return _dispatch(arguments) or 0
     except BrokenPipeError:
         # `repscope metrics ... | head` closed its end; leave without a second fault.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""``repscope info``, ``metrics`` and ``plot``: look into stores."""
+"""``repscope info``, ``check``, ``pack``, ``metrics`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from repscope import store
 from repscope.report.table import text_table
@@ -69,6 +70,69 @@ def _range(steps: list[int]) -> str:
 
 def _tags(run: store.Run) -> str:
     return ", ".join(f"{tag} at {step}" for tag, step in run.tags.items()) or "none"
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print what is wrong with stores.
+
+    Args:
+        arguments: Of the command.
+
+    Returns:
+        The exit code: 1 if something is damaged.
+    """
+    done: dict[Path, dict[str, Any]] = {}
+    checks = []
+    for path in arguments.stores:
+        if arguments.repair:
+            done[path] = store.repair(path)
+        trust: Literal["default", "untrusted"] = (
+            "untrusted" if arguments.untrusted else "default"
+        )
+        checks.append(store.check(path, full=arguments.full, trust=trust))
+    if arguments.format == "json":
+        print(json.dumps([_as_json(each, done) for each in checks], indent=2))
+    else:
+        for number, each in enumerate(checks):
+            print("\n" * (number > 0), end="")
+            _print_check(each, done.get(each.path))
+    return int(any(each.damaged for each in checks))
+
+
+def _as_json(found: store.Check, done: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "path": str(found.path),
+        "damaged": found.damaged,
+        "full": found.full,
+        "repaired": done.get(found.path),
+        "findings": found.to_frame().to_dict("records"),
+    }
+
+
+def _print_check(found: store.Check, done: dict[str, Any] | None) -> None:
+    print(f"{found.path}  {'DAMAGED' if found.damaged else 'sound'}")
+    if done is not None:
+        words = (f"{name.replace('_', ' ')} {value}" for name, value in done.items())
+        print(f"repaired: {'; '.join(words) or 'there was nothing to repair'}")
+    rows = [[each.item, each.state, each.detail] for each in found.findings]
+    print(text_table(["item", "state", "detail"], rows, align="lll"))
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    """Make one file of a store."""
+    store.pack(
+        arguments.store,
+        arguments.out,
+        compression=arguments.compression,
+        layout=arguments.layout,
+    )
+    before, after = store.open(arguments.store).nbytes, arguments.out.stat().st_size
+    print(arguments.out)
+    print(
+        f"{after / 2**20:.1f} MB, from {before / 2**20:.1f} MB; {arguments.store} is "
+        "as it was",
+        file=sys.stderr,
+    )
 
 
 def metrics(arguments: argparse.Namespace) -> None:

@@ -7,11 +7,14 @@ append-only manifest, and read as a `Run`, also while it is being written.
 from repscope.store.onefile import pack
 from repscope.store.reader import Run, open
 from repscope.store.recovery import is_stillborn, reopen, repair
+from repscope.store.verify import Check, check
 from repscope.store.writer import Writer, create, exists, remove
 
 __all__ = [
+    "Check",
     "Run",
     "Writer",
+    "check",
     "create",
     "exists",
     "is_stillborn",

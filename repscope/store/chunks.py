@@ -10,7 +10,7 @@ import itertools
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -125,20 +125,41 @@ class StoredPart:
         Raises:
             CorruptSegment: Always; it names the layer and the steps.
         """
+        raise CorruptSegment(
+            f"{self.path} {fault}: {self._words(None if chunk is None else [chunk])} "
+            "cannot be trusted; the rest of the store still reads. Restore that file "
+            "from a copy"
+        )
+
+    def inspect(self, *, full: bool) -> str:
+        """Return what of this part cannot be trusted, as words; empty if nothing.
+
+        Args:
+            full: Read everything from the disk, whatever was checked before.
+        """
+        try:
+            with _Open(self) as file:
+                numbers = range(len(self.part.chunks) if full else 0)
+                bad = [number for number in numbers if not file.is_sound(number)]
+        except CorruptSegment as error:
+            fault = str(error).partition(": ")[0].removeprefix(f"{self.path} ")
+            return f"{fault}: {self._words(None)}"
+        return f"other bytes than were written: {self._words(bad)}" if bad else ""
+
+    def _words(self, chunks: Sequence[int] | None) -> str:
+        """Return the stream and the steps of some chunks, or of all."""
         records, starts, rows = self.part.where
-        if chunk is not None:
-            per_chunk = self.part.chunk_rows
+        if chunks is not None:
+            per_chunk, hit = self.part.chunk_rows, np.zeros(len(records), bool)
             beside = len(self.part.chunks) // -(-self.part.shape[0] // per_chunk)
-            low = chunk // beside * per_chunk
-            records = records[(starts < low + per_chunk) & (starts + rows > low)]
+            for low in {chunk // beside * per_chunk for chunk in chunks}:
+                hit |= (starts < low + per_chunk) & (starts + rows > low)
+            records = records[hit]
         target, layer = self.part.key
         what = {LABELS[0]: "the labels", SCALARS: f"scalar {layer!r}"}.get(
             target, f"{target} of layer {layer!r}"
         )
-        raise CorruptSegment(
-            f"{self.path} {fault}: {what} at {describe(self.steps[records])} cannot be "
-            "trusted; the rest of the store still reads. Restore that file from a copy"
-        )
+        return f"{what} at {describe(self.steps[records])}"
 
 
 class _Open:
@@ -184,6 +205,14 @@ class _Open:
         place = self._place(number)
         if place not in self._known:
             self._compare(number, np.empty(place[1], np.uint8))
+
+    def is_sound(self, number: int) -> bool:
+        """Return whether a chunk on the disk has its checksum now."""
+        try:
+            self._compare(number, np.empty(self._place(number)[1], np.uint8))
+        except (CorruptSegment, OSError):
+            return False
+        return True
 
     def chunk(self, number: int) -> Bytes:
         """Return the bytes of a chunk, unpacked."""
@@ -296,6 +325,8 @@ def _pread(fd: int, out: Bytes, offset: int) -> int:
 def describe(steps: Ints) -> str:
     """Return steps as words: all of a few, the ends of many."""
     unique = np.unique(steps).tolist()
+    if not unique:
+        return "no step"
     if len(unique) == 1:
         return f"step {unique[0]}"
     if len(unique) <= 5:

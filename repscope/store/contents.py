@@ -72,7 +72,7 @@ def _untrusted(path: Path, guard: Guard) -> tuple[list[Frame], list[Frame]]:
         if (size := file.lstat().st_size) != entry["bytes"]:
             _refuse(file, f"{size} bytes, {entry['bytes']} in the manifest")
         try:
-            guard.walk(file, _expected(entry))
+            guard.walk(file, expected(map(Part.from_json, entry["parts"])))
         except walker.Refused as error:
             _refuse(file, f"{error.reason}, at {error.where}")
     return frames, logged
@@ -100,10 +100,12 @@ def _in_use(frames: Iterable[Frame]) -> list[dict[str, Any]]:
     return [entry for entries in used.values() for entry in entries]
 
 
-def _expected(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    parts = [Part.from_json(part) for part in entry["parts"]]
-    wanted = {part.name: packed.stored(part) for part in parts}
-    n_sums = sum(len(part.chunks) for part in parts) + 1
+def expected(parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
+    """Return what a walk expects of the segment that holds these parts."""
+    wanted, n_sums = {}, 1
+    for part in parts:
+        wanted[part.name] = packed.stored(part)
+        n_sums += len(part.chunks)
     wanted[segment.CRC32] = {"shape": [n_sums], "dtype": "<u4", "filters": []}
     wanted[segment.FRAME] = {"dtype": "|u1", "filters": []}
     return wanted

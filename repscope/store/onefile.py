@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -45,6 +46,23 @@ def check_free(path: Path) -> None:
                 f"{taken} exists already and was left untouched; choose another path, "
                 "or remove it if it is no longer needed"
             )
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers left half done beside a file.
+
+    Args:
+        path: The file; the lock of its workplace is held.
+    """
+    name = glob.escape(path.name)
+    for left in (
+        *path.parent.glob(f".tmp-{name}-*"),
+        *path.parent.glob(f".tmp-{name}.rscope-*"),
+    ):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            files.discard(left)
 
 
 def finish(

@@ -170,9 +170,11 @@ def rebuild(path: Path) -> dict[str, Any]:
             f"{path} has no whole frame in MANIFEST and none in its segments: nothing "
             "tells which rows belong to which step. Restore it from a copy"
         )
-    meta, frames = _in_order(everything)
-    lost = sorted(set(range(max(everything))) - everything.keys())
+    about, frames = _in_order(everything)
+    known = {0, *everything, *(seq for seq, _ in about["rewinds"])}
+    lost = sorted(set(range(max(everything))) - known)
     found = {"kept": len(kept), "restored": len(restored), "lost_frames": lost}
+    meta = about["meta"]
     meta["rebuilt"] = [*meta.get("rebuilt", []), found]
     frames.append({"meta": meta, "closed": frames[-1].get("closed", False)})
     data = [manifest.encode(seq, body) for seq, body in enumerate(frames)]
@@ -200,7 +202,7 @@ def _recall(path: Path, everything: dict[int, Frame]) -> None:
 
 
 def _in_order(everything: Mapping[int, Frame]) -> tuple[dict[str, Any], list[Frame]]:
-    """Return the notes of a run, and its frames in the order of their records.
+    """Return what is known of a run, and its frames in the order of their records.
 
     Merged batches come where the ones they replaced were, so that no frame refers to
     the number of another.
@@ -223,7 +225,7 @@ def _in_order(everything: Mapping[int, Frame]) -> tuple[dict[str, Any], list[Fra
         for seq, step in about["rewinds"]
         if seq not in everything
     ]
-    return about["meta"], [frame for *_, frame in sorted(placed, key=lambda p: p[:2])]
+    return about, [frame for *_, frame in sorted(placed, key=lambda p: p[:2])]
 
 
 def _keep_log(path: Path, *, above: int, now: int) -> None:

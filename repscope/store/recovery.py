@@ -64,6 +64,8 @@ def reopen(
         with files.disk_errors(
             f"recovering the store {path}", advice="what was acknowledged is safe"
         ):
+            if one_file is not None:
+                onefile.sweep(one_file)
             writer = _go_on(path, lock, at, durability, max_store_bytes)
     except BaseException:
         lock.release()

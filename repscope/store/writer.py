@@ -85,6 +85,8 @@ def create(
         raise
     writer.max_store_bytes = max_store_bytes
     writer.one_file = one_file
+    if one_file is not None:
+        onefile.sweep(one_file)
     return writer
 
 

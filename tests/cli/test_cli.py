@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import repscope as rs
 from repscope.cli import main
@@ -268,6 +269,67 @@ def test_wrong_names_are_explained(demo, capsys, tmp_path, arguments, message):
     assert (code, text) == (2, "")
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+# -- check and pack -------------------------------------------------------------
+@pytest.fixture
+def recorded(tmp_path):
+    """A small closed store."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    path = tmp_path / "run"
+    with rs.Recorder(net, path, every=1, probe=torch.randn(8, 4)) as recorder:
+        for step in range(5):
+            recorder.step(loss=1.0 / (1 + step))
+    return path
+
+
+def test_check_says_what_is_damaged_and_exits_with_one(recorded, capsys):
+    code, out, _ = run(capsys, "check", recorded, "--full")
+    assert (code, out.splitlines()[0]) == (0, f"{recorded}  sound")
+    segment = recorded / "segments" / "00000000.h5"
+    data = bytearray(segment.read_bytes())
+    at = rs.open(recorded)._catalog.batches[0].parts["outputs", "1"][0].part.block
+    data[at] ^= 1
+    segment.write_bytes(data)
+    code, out, _ = run(capsys, "check", recorded, "--full")
+    assert (code, out.splitlines()[0]) == (1, f"{recorded}  DAMAGED")
+    assert "outputs of layer '1' at steps 0" in out
+    code, out, _ = run(capsys, "check", recorded, "--full", "--format", "json")
+    assert code == 1
+    (found,) = json.loads(out)
+    assert found["damaged"]
+    assert {"item", "state", "detail"} == set(found["findings"][0])
+
+
+def test_check_repairs_a_deleted_manifest(recorded, capsys):
+    before = rs.open(recorded).read("1").tolist()
+    (recorded / "MANIFEST").unlink()
+    code, out, _ = run(capsys, "check", recorded)
+    assert code == 1
+    assert "--repair" in out
+    code, out, _ = run(capsys, "check", "--repair", recorded)
+    assert code == 0
+    assert "restored 1" in out
+    assert rs.open(recorded).read("1").tolist() == before
+    code, out, _ = run(capsys, "check", "--repair", "--format", "json", recorded)
+    assert json.loads(out)[0]["repaired"] == {}
+
+
+def test_pack_makes_a_file_that_every_command_reads(recorded, tmp_path, capsys):
+    out = tmp_path / "out.h5"
+    code, text, err = run(capsys, "pack", recorded, out, "--compression", "gzip")
+    assert (code, text.strip()) == (0, str(out))
+    assert "is as it was" in err
+    for command in (["info"], ["check", "--untrusted"], ["metrics"]):
+        code, text, _ = run(capsys, *command, out)
+        assert code == 0
+        assert "out.h5" in text
+    code, _, err = run(capsys, "pack", recorded, out)
+    assert code == 3
+    assert "exists already" in err
+    code, _, err = run(capsys, "pack", recorded, tmp_path / "out.hdf5")
+    assert code == 2
+    assert "NAME.h5" in err
 
 
 def test_argparse_errors_exit_with_two(capsys):
