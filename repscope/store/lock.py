@@ -45,13 +45,9 @@ class Lock:
             self._take()
             self._sign()
         except BlockingIOError:
-            holder = _holder(self._file.read())
+            by = _holder(self._file.read())
             self._file.close()
-            raise StoreLocked(
-                f"{path.parent} is being written by {holder}; close that writer first, "
-                "or record into another path (in distributed training, give every rank "
-                "a path of its own)"
-            ) from None
+            raise _locked(path.parent, by) from None
         except BaseException:
             self._file.close()
             raise
@@ -106,6 +102,47 @@ class Lock:
             discard(self._marker)
             self._marker = None
         self._file.close()
+
+
+def holder(path: Path) -> str | None:
+    """Return who holds a lock, as words, or None; the file is left as it is.
+
+    Args:
+        path: The lock file.
+    """
+    try:
+        file = path.open("rb")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(file.read())
+        except OSError:
+            marked = path.with_name(f"{path.name}.excl").exists()
+            return _holder(file.read()) if marked else None
+    return None
+
+
+def check_not_held(path: Path) -> None:
+    """Refuse a lock that somebody holds; the file is left as it is.
+
+    Args:
+        path: The lock file.
+
+    Raises:
+        StoreLocked: If somebody is writing to the store.
+    """
+    if (by := holder(path)) is not None:
+        raise _locked(path.parent, by)
+
+
+def _locked(store: Path, by: str) -> StoreLocked:
+    return StoreLocked(
+        f"{store} is being written by {by}; close that writer first, or record into "
+        "another path (in distributed training, give every rank a path of its own)"
+    )
 
 
 def _is_alive(pid: int) -> bool:

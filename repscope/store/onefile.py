@@ -10,7 +10,7 @@ from pathlib import Path
 from repscope.errors import StoreExists, UsageError
 from repscope.store import files, packing
 from repscope.store.catalog import Catalog
-from repscope.store.lock import Lock
+from repscope.store.lock import Lock, check_not_held
 
 
 def is_one_file(path: Path) -> bool:
@@ -39,7 +39,9 @@ def check_free(path: Path) -> None:
 
     Raises:
         StoreExists: If the file or its directory exists.
-    """
+        StoreLocked: If somebody is recording there.
+    """  # noqa: DOC502 - raised by the lock
+    check_not_held(workplace(path) / "LOCK")
     for taken in (path, workplace(path)):
         if os.path.lexists(taken):
             raise StoreExists(

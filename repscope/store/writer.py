@@ -27,7 +27,7 @@ from repscope.store import compact, files, manifest, onefile, segment, wal
 from repscope.store.catalog import Batch, Catalog
 from repscope.store.columns import Column, plan
 from repscope.store.index import DTYPES, SCALARS, to_spans
-from repscope.store.lock import Lock
+from repscope.store.lock import Lock, check_not_held
 from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
@@ -61,8 +61,9 @@ def create(
         A writer that holds the lock of the store until `Writer.close`.
 
     Raises:
-        StoreExists: If anything is at ``path``; it is left as it was.
-    """
+        StoreLocked: If somebody is recording there.
+        StoreExists: If anything else is at ``path``; it is left as it was.
+    """  # noqa: DOC502 - raised by the lock
     # Absolute: a script may change its folder while it is recorded.
     path, facts = Path(path).absolute(), as_json(meta)
     check_options(durability, max_store_bytes)
@@ -73,6 +74,7 @@ def create(
     try:
         files.make_directory(path)
     except FileExistsError as error:
+        check_not_held(path / "LOCK")
         raise StoreExists(
             f"{error.filename} exists already and was left untouched; choose another "
             "path, or remove it if it is no longer needed"

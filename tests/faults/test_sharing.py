@@ -137,7 +137,7 @@ def test_a_second_writer_is_refused(n, tmp_path, figures):
         with forked(intrude, path, tmp_path / "verdict") as child:
             writer.commit()  # while the other one tries
             child.join()
-        refused += (tmp_path / "verdict").read_text() == "StoreExists StoreLocked"
+        refused += (tmp_path / "verdict").read_text() == "StoreLocked StoreLocked"
     writer.close()
     os.close(read)
     os.close(write)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -11,8 +13,8 @@ import warnings
 import pytest
 
 from repscope import store
-from repscope.errors import ForkedRecorder, StoreLocked
-from repscope.store.lock import Lock
+from repscope.errors import ForkedRecorder, StoreExists, StoreLocked
+from repscope.store.lock import Lock, holder
 
 
 def test_the_lock_is_held_from_create_to_close(create):
@@ -29,6 +31,35 @@ def test_an_unsigned_lock_still_locks(tmp_path):
     with pytest.raises(StoreLocked, match="another process"):
         Lock(tmp_path / "LOCK")
     lock.release()
+    lock.release()
+
+
+def test_to_create_where_somebody_records_is_refused_by_name(create, tmp_path):
+    """As two ranks do that were given one path."""
+    w = create()
+    one = store.create(tmp_path / "one.h5", meta={})
+    before = (w.path / "LOCK").read_bytes()
+    for path in (w.path, tmp_path / "one.h5"):
+        with pytest.raises(StoreLocked, match=r"process \d+ on .*every rank a path"):
+            store.create(path, meta={})
+    assert (w.path / "LOCK").read_bytes() == before
+    one.close()
+    w.close()
+    for path in (w.path, tmp_path / "one.h5"):
+        with pytest.raises(StoreExists):
+            store.create(path, meta={})
+
+
+def test_who_holds_a_lock_without_flock(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    assert holder(tmp_path / "LOCK") is None
+    lock = Lock(tmp_path / "LOCK")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert holder(tmp_path / "LOCK") is None
+    (tmp_path / "LOCK.excl").write_text("1 here")
+    assert f"process {os.getpid()}" in holder(tmp_path / "LOCK")
     lock.release()
 
 

@@ -15,6 +15,7 @@ from repscope.errors import (
     ShapeChanged,
     StoreExists,
     StoreLocked,
+    StoreLocked,
     UnsupportedOutput,
     UsageError,
 )
@@ -82,7 +83,7 @@ def test_a_file_where_a_parent_should_be(tmp_path):
 
 def test_the_second_of_two_writers_is_refused_and_the_first_unharmed(create, snapshot):
     w = create()
-    with pytest.raises(StoreExists):
+    with pytest.raises(StoreLocked):
         store.create(w.path, meta={})
     w.append(snapshot(1))
     w.close()
