@@ -4,11 +4,12 @@ A store is written by one `Writer` at a time, as immutable HDF5 segments and an
 append-only manifest, and read as a `Run`, also while it is being written.
 """
 
+from repscope.store.creation import create, exists, remove
 from repscope.store.onefile import pack
 from repscope.store.reader import Run, open
 from repscope.store.recovery import is_stillborn, reopen, repair
 from repscope.store.verify import Check, check
-from repscope.store.writer import Writer, create, exists, remove
+from repscope.store.writer import Writer
 
 __all__ = [
     "Check",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from repscope.snapshot import StreamKey
-from repscope.store.catalog import Batch
+from repscope.store.batch import Batch
 from repscope.store.chunks import StoredPart
 from repscope.store.columns import Column
 from repscope.store.index import to_spans

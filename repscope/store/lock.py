@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from pathlib import Path
+from typing import NoReturn
 
 from repscope.errors import RepScopeWarning, StoreLocked
 from repscope.store.files import discard, write_all
@@ -47,7 +48,7 @@ class Lock:
         except BlockingIOError:
             by = _holder(self._file.read())
             self._file.close()
-            raise _locked(path.parent, by) from None
+            _refuse(path.parent, by)
         except BaseException:
             self._file.close()
             raise
@@ -133,13 +134,13 @@ def check_not_held(path: Path) -> None:
 
     Raises:
         StoreLocked: If somebody is writing to the store.
-    """
+    """  # noqa: DOC502 - raised by _refuse
     if (by := holder(path)) is not None:
-        raise _locked(path.parent, by)
+        _refuse(path.parent, by)
 
 
-def _locked(store: Path, by: str) -> StoreLocked:
-    return StoreLocked(
+def _refuse(store: Path, by: str) -> NoReturn:
+    raise StoreLocked(
         f"{store} is being written by {by}; close that writer first, or record into "
         "another path (in distributed training, give every rank a path of its own)"
     )

@@ -81,6 +81,7 @@ def finish(
         layout: As for `pack`.
     """
     work = workplace(path)
+    sweep(path)
     packing.write(
         Catalog(work), path, compression=compression, layout=layout, replace=True
     )

@@ -14,8 +14,9 @@ from typing import Any
 from repscope.errors import CorruptSegment, FormatTooNew, NotAStore, UsageError
 from repscope.store import files, manifest, onefile, rebuild, wal
 from repscope.store.catalog import Catalog
+from repscope.store.creation import check_options, create
 from repscope.store.lock import Lock
-from repscope.store.writer import Durability, Writer, check_options, create
+from repscope.store.writer import Durability, Writer
 
 _OWN = {"LOCK", "LOCK.excl", "FORMAT", "MANIFEST", "segments", "wal"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import json
 import os
 import shutil
 import time
@@ -18,16 +17,16 @@ from typing import Any, Literal, TypeVar
 from repscope.errors import (
     ClosedStore,
     ForkedRecorder,
-    StoreExists,
     StoreFull,
-    UsageError,
 )
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store import compact, files, manifest, onefile, segment, wal
-from repscope.store.catalog import Batch, Catalog
+from repscope.store.batch import Batch
+from repscope.store.catalog import Catalog
 from repscope.store.columns import Column, plan
+from repscope.store.facts import as_json
 from repscope.store.index import DTYPES, SCALARS, to_spans
-from repscope.store.lock import Lock, check_not_held
+from repscope.store.lock import Lock
 from repscope.store.pending import Layout, Pending, settle_scalars
 
 SEGMENT_BYTES = 2**26
@@ -36,107 +35,6 @@ _FRAME_BYTES = 4096
 
 T = TypeVar("T")
 Durability = Literal["batch", "append"]
-
-
-def create(
-    path: str | os.PathLike[str],
-    *,
-    meta: Mapping[str, object],
-    durability: Durability = "batch",
-    max_store_bytes: int | None = None,
-) -> Writer:
-    """Make a new store and return its writer.
-
-    Args:
-        path: Where the directory of the store will be; parents are made. A name that
-            ends in ``.h5`` becomes one file: `Writer.close` packs the directory
-            ``<path>.rscope`` into it.
-        meta: JSON-able facts about the run.
-        durability: ``"append"`` makes every `Writer.append` durable before it returns;
-            ``"batch"`` leaves that to `Writer.commit`.
-        max_store_bytes: A snapshot that would make the store larger is refused with
-            `StoreFull`; those before it can still be committed.
-
-    Returns:
-        A writer that holds the lock of the store until `Writer.close`.
-
-    Raises:
-        StoreLocked: If somebody is recording there.
-        StoreExists: If anything else is at ``path``; it is left as it was.
-    """  # noqa: DOC502 - raised by the lock
-    # Absolute: a script may change its folder while it is recorded.
-    path, facts = Path(path).absolute(), as_json(meta)
-    check_options(durability, max_store_bytes)
-    one_file = path if onefile.is_one_file(path) else None
-    if one_file is not None:
-        onefile.check_free(path)
-        path = onefile.workplace(path)
-    try:
-        files.make_directory(path)
-    except FileExistsError as error:
-        check_not_held(path / "LOCK")
-        raise StoreExists(
-            f"{error.filename} exists already and was left untouched; choose another "
-            "path, or remove it if it is no longer needed"
-        ) from None
-    try:
-        with files.disk_errors(f"making the store {path}", advice="nothing is left"):
-            writer = _begin(path, facts, durability)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    writer.max_store_bytes = max_store_bytes
-    writer.one_file = one_file
-    if one_file is not None:
-        onefile.sweep(one_file)
-    return writer
-
-
-def exists(path: str | os.PathLike[str]) -> bool:
-    """Return whether something is where a store would be, or is recorded."""
-    path = Path(path)
-    return os.path.lexists(path) or os.path.lexists(onefile.located(path))
-
-
-def _begin(path: Path, facts: Mapping[str, Any], durability: Durability) -> Writer:
-    """Return the writer of a store in a new directory."""
-    lock = Lock(path / "LOCK")
-    try:
-        manifest.write_format(path)
-        (path / "segments").mkdir()
-        frames = manifest.Manifest(path)
-    except BaseException:
-        lock.release()
-        raise
-    writer = Writer(path, lock, frames)
-    try:
-        writer.write_frame({"created": time.time(), "meta": dict(facts)})
-        files.sync_directory(path)
-        writer.keep_log(durability)
-    except BaseException:
-        writer.abort()
-        raise
-    return writer
-
-
-def remove(path: str | os.PathLike[str]) -> None:
-    """Remove a store that nobody is writing to, for example an interrupted one.
-
-    While another process holds its lock the store is left untouched, and `StoreLocked`
-    says who that is.
-
-    Args:
-        path: The directory of the store, or the file that it is packed into.
-    """
-    directory = onefile.located(Path(path))
-    if directory.is_dir():
-        lock = Lock(directory / "LOCK")
-        try:
-            shutil.rmtree(directory)
-        finally:
-            lock.release()
-    if onefile.is_one_file(Path(path)):
-        Path(path).unlink(missing_ok=directory != Path(path))
 
 
 class Writer:
@@ -516,59 +414,6 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     yield from ((each, True) for each in before)
 
 
-def check_options(durability: str, max_store_bytes: int | None) -> None:
-    """Refuse options that cannot be meant.
-
-    Args:
-        durability: ``"batch"`` or ``"append"``.
-        max_store_bytes: A positive number or None.
-
-    Raises:
-        UsageError: If they are anything else.
-    """
-    if durability not in ("batch", "append"):
-        raise UsageError(f"durability is 'batch' or 'append', got {durability!r}")
-    if max_store_bytes is not None and max_store_bytes <= 0:
-        raise UsageError(f"max_store_bytes is above 0, got {max_store_bytes!r}")
-
-
 def _data_bytes() -> int:
     """Return how much data a segment takes; HDF5's own structures need the rest."""
     return SEGMENT_BYTES - SEGMENT_BYTES // 32
-
-
-def as_json(meta: Mapping[str, object]) -> dict[str, Any]:
-    """Return ``meta`` as it will be read back.
-
-    Args:
-        meta: Strings, numbers, booleans, None, and lists and dicts of them; 0-dim
-            tensors and numpy scalars become numbers, tuples become lists.
-
-    Returns:
-        A new dict of plain Python values.
-
-    Raises:
-        UsageError: If a value is anything else.
-    """
-    plain = {}
-    for name, value in meta.items():
-        try:
-            plain[str(name)] = json.loads(json.dumps(value, default=_number))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UsageError(
-                f"meta {name!r} cannot be written as JSON ({error}); give text, "
-                "numbers, or lists and dicts of them"
-            ) from error
-    return plain
-
-
-def _number(value: Any) -> bool | int | float:
-    """Return a 0-dim tensor or a numpy scalar as a Python number.
-
-    Raises:
-        TypeError: If it is none.
-    """
-    item = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(item, bool | int | float):
-        return item
-    raise TypeError(f"got a {type(value).__name__}")

@@ -15,7 +15,6 @@ from repscope.errors import (
     ShapeChanged,
     StoreExists,
     StoreLocked,
-    StoreLocked,
     UnsupportedOutput,
     UsageError,
 )
