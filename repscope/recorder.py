@@ -439,7 +439,8 @@ def _close_abandoned(taps: Taps, writer: store.Writer, pid: int) -> None:
     writer.annotate(interrupted="never closed")
     writer.close()
     warnings.warn(
-        f"the recorder at {writer.path} was never closed; what it had was saved now. "
+        f"the recorder at {writer.one_file or writer.path} was never closed; what it "
+        f"had was saved now. "
         f"Use it as `with rs.Recorder(...) as rec:`, or call close()",
         RepScopeWarning,
         stacklevel=2,
