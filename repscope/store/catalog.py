@@ -18,6 +18,7 @@ from repscope.errors import CorruptSegment, NotAStore, UntrustedStore, UsageErro
 from repscope.snapshot import Snapshot, StreamKey
 from repscope.store import contents, manifest
 from repscope.store.batch import Batch
+from repscope.store.chunks import StoredPart
 from repscope.store.index import (
     LABELS,
     RESERVED,
@@ -278,14 +279,7 @@ class Catalog:
 
     def shape(self, key: StreamKey, record: int) -> tuple[int, ...]:
         """Return the shape of the tensor that `load` returns."""
-        found = self.batch(record).find(key, record)
-        part = found[0][0].part
-        rows = sum(count for _, _, count in found)
-        if part.whole:
-            return tuple(part.row_shape)
-        if part.flat:
-            rows //= int(np.prod(part.row_shape))
-        return rows, *part.row_shape
+        return _shape(self.batch(record).find(key, record))
 
     def load(self, key: StreamKey, record: int) -> Tensor:
         """Return a copy of what a record holds of a stream.
@@ -370,7 +364,7 @@ class Catalog:
             CorruptSegment: If the manifest contradicts itself about it.
         """
         found = self.batch(record).find(key, record)
-        shape, dtype = self.shape(key, record), found[0][0].part.torch_dtype
+        shape, dtype = _shape(found), found[0][0].part.torch_dtype
         nbytes = sum(rows * stored.part.row_bytes for stored, _, rows in found)
         if nbytes != math.prod(shape) * dtype.itemsize:
             raise CorruptSegment(
@@ -420,3 +414,14 @@ class Catalog:
                     out = torch.empty(part.shape, dtype=part.torch_dtype)
                     stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
                     yield name, batch.steps[records[seen]].tolist(), out[seen]
+
+
+def _shape(found: Sequence[tuple[StoredPart, int, int]]) -> tuple[int, ...]:
+    """Return the shape of the tensor whose rows are in these places."""
+    part = found[0][0].part
+    if part.whole:
+        return tuple(part.row_shape)
+    rows = sum(count for _, _, count in found)
+    if part.flat:
+        rows //= math.prod(part.row_shape)
+    return rows, *part.row_shape

@@ -7,6 +7,7 @@ import os
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any, Self
 from repscope.store import walker
 
 SECONDS = 20.0  # for one file; a walk of ten thousand chunks takes a part of one
+_LONGEST = 2**16  # of an answer
 
 
 class Guard:
@@ -71,15 +73,13 @@ class Guard:
         try:
             child.stdin.write(json.dumps(request).encode() + b"\n")
             child.stdin.flush()
-            line = _line(child.stdout.fileno())
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            stuck = child.poll() is None
+            answer = _parsed(_line(child.stdout.fileno()))
+        except TimeoutError:
+            answer = {"refused": [f"looking at it took over {SECONDS:.0f} s"]}
             self.__exit__(None, None, None)
-            what = f"took over {SECONDS:.0f} s" if stuck else "ended its process"
-            raise walker.Refused(f"looking at it {what}")
-        answer: dict[str, Any] = json.loads(line)
+        except (BrokenPipeError, ValueError):
+            answer = {"refused": ["looking at it ended its process"]}
+            self.__exit__(None, None, None)
         if "refused" in answer:
             raise walker.Refused(*answer["refused"])
         return answer
@@ -93,13 +93,31 @@ def _environment() -> dict[str, str]:
 
 
 def _line(fd: int) -> bytes:
-    """Return a line, or what came of it before the child ended or time was up."""
-    line = b""
+    """Return a line, or what came of it before the child ended.
+
+    Raises:
+        TimeoutError: If it takes too long.
+    """
+    line, end = b"", time.monotonic() + SECONDS
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
-        while not line.endswith(b"\n") and selector.select(SECONDS):
+        while not line.endswith(b"\n") and len(line) < _LONGEST:
+            if not selector.select(max(end - time.monotonic(), 0)):
+                raise TimeoutError
             piece = os.read(fd, 2**16)
             if not piece:
                 break
             line += piece
     return line
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return an answer.
+
+    Raises:
+        ValueError: If it is none: a child that died may have said anything before.
+    """
+    answer = json.loads(line)
+    if not isinstance(answer, dict):
+        raise ValueError(answer)
+    return answer

@@ -264,7 +264,11 @@ class Run:
                     f"{steps}; it was recorded at {describe(known)}"
                 )
             return list(map(int, records[inside]))
-        return [self._record(key, step, None) for step in steps]
+        wanted = np.array([operator.index(step) for step in steps], np.int64)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        if not np.array_equal(known[at], wanted):  # -1, or a step that is not there
+            return [self._record(key, step, None) for step in wanted.tolist()]
+        return list(map(int, records[at]))
 
     def labels(self, step: int = -1, *, tag: str | None = None) -> Tensor | None:
         """Return the labels ``(n_samples,)`` of one record.
@@ -351,7 +355,7 @@ class Run:
 
     def _record(self, key: StreamKey, step: int, tag: str | None) -> int:
         record = self._chosen(key, step, tag)
-        if record is None or not self._catalog.has(key, record):
+        if record is None or (tag is not None and not self._catalog.has(key, record)):
             steps = self._catalog.recorded(key)[0].tolist()
             what = f"tag {tag!r}" if tag is not None else f"step {step}"
             raise UnknownName(

@@ -1,8 +1,9 @@
 """Look at an HDF5 file without trusting it: an allow-list, and nothing is followed.
 
 HDF5 files can name other files, declare sizes that nobody has, and make the library
-load plugins. So every object is compared with what a RepScope store may have, by
-reading its header only: no data goes through the library.
+load plugins, even for the names of a group. So plugins are switched off meanwhile, and
+every object is compared with what a RepScope store may have, by reading its header
+only: no data goes through the library.
 
 This file imports nothing of ours. Run as a program it answers requests, one JSON a
 line, and the process that asked survives whatever a hostile file does to the library.
@@ -32,9 +33,12 @@ CHUNK_BYTES = 2**26
 MOST_CHUNKS = 10**6
 MOST_ATTRIBUTES, ATTRIBUTE_BYTES = 64, 2**16
 EXPANSION, FREE_BYTES = 1100, 2**20  # no deflate stream expands more
+ZSTD, ZSTD_EXPANSION = 32015, 2**15  # four bytes can stand for a block of 128 KiB
 MANIFEST_BYTES = 2**28
 MEMORY, SECONDS = 2**31, 60
+_ODD_BYTES = frozenset({*range(32), ord("/"), 127})
 _NUMBERS = frozenset({h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM})
+_FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError)  # what h5py makes
 
 Expected = Mapping[str, Mapping[str, Any]]
 
@@ -48,8 +52,27 @@ class Refused(Exception):
     """
 
     def __init__(self, reason: str, where: str = "/") -> None:
-        super().__init__(f"{where}: {reason}")
-        self.reason, self.where = reason, where
+        self.reason, self.where = _printable(reason), _printable(where)
+        super().__init__(f"{self.where}: {self.reason}")
+
+
+def _printable(text: str) -> str:
+    """Return text from a file without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def _no_plugins() -> Iterator[None]:
+    """Let HDF5 find no plugin, and no other thread use h5py meanwhile."""
+    with h5py._objects.phil:
+        paths = [h5py.h5pl.get(i) for i in range(h5py.h5pl.size())]
+        for _ in paths:
+            h5py.h5pl.remove(0)
+        try:
+            yield
+        finally:
+            for path in paths:
+                h5py.h5pl.append(path)
 
 
 @contextlib.contextmanager
@@ -75,16 +98,17 @@ def opened(path: str, *, follow: bool) -> Iterator[h5py.h5f.FileID]:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_file_locking(False, True)
-    try:
-        found = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise Refused(f"HDF5 cannot open it ({error})") from None
-    try:
-        yield found
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise Refused(f"HDF5 cannot read its structure ({error})") from None
-    finally:
-        found.close()
+    with _no_plugins():
+        try:
+            found = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
+        except _FAULTS as error:
+            raise Refused(f"HDF5 cannot open it ({error})") from None
+        try:
+            yield found
+        except _FAULTS as error:
+            raise Refused(f"HDF5 cannot read its structure ({error})") from None
+        finally:
+            found.close()
 
 
 def manifest(file: h5py.h5f.FileID) -> tuple[int, int] | None:
@@ -97,6 +121,7 @@ def manifest(file: h5py.h5f.FileID) -> tuple[int, int] | None:
         Offset and size, or None if there is no such dataset.
     """
     root, name = h5py.h5g.open(file, b"/"), b"@manifest"
+    _group(root, "/")
     if not root.links.exists(name):
         return None
     _hard(root, name, "/@manifest")
@@ -119,15 +144,9 @@ def walk(file: h5py.h5f.FileID, expected: Expected | None = None) -> None:
             shape, or None), ``filters`` (their numbers) and ``stored`` (bytes in the
             file), as far as they are known; None when nothing is known of the file.
     """
-    groups: dict[str, set[str]] | None = None
-    if expected is not None:
-        groups = {}
-        for name in expected:
-            parts = name.split("/")
-            for depth in range(len(parts)):
-                inner = groups.setdefault("/".join(parts[:depth]), set())
-                inner.add("/".join(parts[: depth + 1]))
+    groups = None if expected is None else _groups(expected)
     seen: set[Any] = set()
+    file_bytes, total = file.get_filesize(), 0
     waiting = [("", h5py.h5g.open(file, b"/"))]
     _attributes(waiting[0][1], "/")
     while waiting:
@@ -138,11 +157,26 @@ def walk(file: h5py.h5f.FileID, expected: Expected | None = None) -> None:
                     _refuse("a group where a dataset should be", name)
                 waiting.append((name, found))
                 continue
-            _dataset(found, name, file.get_filesize())
+            _dataset(found, name, file_bytes)
+            if (total := total + found.get_storage_size()) > file_bytes:
+                _refuse("bytes that more than one dataset has", name)
             if expected is not None:
                 if name not in expected:
                     _refuse("a dataset where a group should be", name)
                 _compare(found, expected[name], name)
+
+
+def _groups(expected: Expected) -> dict[str, set[str]]:
+    """Return what every group should hold."""
+    groups: dict[str, set[str]] = {"": set()}
+    for name in expected:
+        if name.count("/") >= DEEPEST:
+            _refuse("a name that leads too deep", name)
+        parts = name.split("/")
+        for depth in range(len(parts)):
+            inner = groups.setdefault("/".join(parts[:depth]), set())
+            inner.add("/".join(parts[: depth + 1]))
+    return groups
 
 
 def _members(
@@ -152,15 +186,17 @@ def _members(
     seen: set[Any],
 ) -> Iterator[tuple[str, Any]]:
     """Yield every object of a group, opened, none of them twice."""
-    count = group.get_num_objs()
+    _group(group, path or "/")
     allowed = MOST_OBJECTS - len(seen) if groups is None else len(groups[path])
-    if count > allowed or path.count("/") >= DEEPEST:
-        _refuse(f"{count} objects, {allowed} at most", path or "/")
-    if groups is not None and count < allowed:
-        _refuse(f"{count} objects, {allowed} should be there", path or "/")
-    for i in range(count):
-        raw = group.get_objname_by_idx(i)
-        name = f"{path}/{raw.decode('ascii', 'backslashreplace')}".lstrip("/")
+    names = _names(group, allowed)
+    if len(names) > allowed or path.count("/") >= DEEPEST:
+        _refuse(f"more than {allowed} objects, or too deep", path or "/")
+    if groups is not None and len(names) < allowed:
+        _refuse(f"{len(names)} objects, {allowed} should be there", path or "/")
+    for raw in names:
+        name = f"{path}/{raw.decode('utf-8', 'surrogateescape')}".lstrip("/")
+        if _ODD_BYTES & {*raw} or not raw.strip(b"."):
+            _refuse("a name that is none", name)
         if groups is not None and name not in groups[path]:
             _refuse("an object that should not be there", name)
         _hard(group, raw, name)
@@ -176,6 +212,30 @@ def _members(
             _refuse("neither a group nor a dataset", name)
         _attributes(found, name)
         yield name, found
+
+
+def _names(group: h5py.h5g.GroupID, most: int) -> list[bytes]:
+    """Return the names in a group, or ``most`` of them and one more.
+
+    All at once: to find one by its number, HDF5 reads them all.
+    """
+    names: list[bytes] = []
+
+    def note(raw: bytes) -> bool | None:
+        names.append(raw)
+        return len(names) > most or None  # anything but None ends it
+
+    group.links.iterate(note, order=h5py.h5.ITER_NATIVE)
+    return names
+
+
+def _group(group: h5py.h5g.GroupID, name: str) -> None:
+    """Refuse a group whose names are compressed, before HDF5 reads one."""
+    plan = group.get_create_plist()
+    as_dataset = h5py.h5p.PropDCID(plan.id)  # h5py asks no other for its filters
+    h5py.h5i.inc_ref(plan)  # both give it back
+    if as_dataset.get_nfilters():
+        _refuse("names that are compressed", name)
 
 
 def _hard(group: h5py.h5g.GroupID, raw: bytes, name: str) -> None:
@@ -211,17 +271,18 @@ def _dataset(dataset: h5py.h5d.DatasetID, name: str, file_bytes: int) -> None:
     if plan.get_external_count():
         _refuse("data that is in other files", name)
     shape, itemsize = dataset.shape, kind.get_size()
-    stored = dataset.get_storage_size()
     if layout == h5py.h5d.CHUNKED:
         _chunks(plan.get_chunk(), shape, itemsize, name)
+    filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+    if not FILTERS.issuperset(filters):
+        _refuse(f"filters {filters}, one of which needs a plugin", name)
+    stored = dataset.get_storage_size()
     declared = math.prod(shape) * itemsize
     if stored > file_bytes:
         _refuse(f"{stored} bytes in a file of {file_bytes}", name)
-    if declared > max(FREE_BYTES, EXPANSION * stored):
+    most = ZSTD_EXPANSION if ZSTD in filters else EXPANSION
+    if declared > max(FREE_BYTES, most * stored):
         _refuse(f"{declared} bytes declared, {stored} stored", name)
-    for i in range(plan.get_nfilters()):
-        if (number := plan.get_filter(i)[0]) not in FILTERS:
-            _refuse(f"filter {number}, which needs a plugin", name)
 
 
 def _chunks(
@@ -279,8 +340,6 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in reversed(range(h5py.h5pl.size())):
-        h5py.h5pl.remove(number)
     for line in sys.stdin:
         answer = _answer(json.loads(line))
         sys.stdout.write(json.dumps(answer) + "\n")
