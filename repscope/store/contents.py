@@ -34,11 +34,14 @@ def read(path: Path, *, trust: Trust = "default") -> tuple[list[Frame], list[Fra
         with Guard() as guard:
             return _untrusted(path, guard)
     if path.is_dir():
-        return _directory(path)
+        frames, logged = _directory(path)
+        schema.check_all(path, frames + logged)
+        return frames, logged
     return packed.frames(path), []
 
 
 def _directory(path: Path) -> tuple[list[Frame], list[Frame]]:
+    manifest.check_format(path)
     for _ in range(_TRIES):
         before = (path / "MANIFEST").stat() if (path / "wal").is_dir() else None
         frames = manifest.read(path)
@@ -46,8 +49,6 @@ def _directory(path: Path) -> tuple[list[Frame], list[Frame]]:
         if before is None or _same_file(before, (path / "MANIFEST").stat()):
             break
         # The log was folded into a segment meanwhile: look again.
-    for frame in frames + logged:
-        schema.check(path, frame)
     return frames, logged
 
 
@@ -64,9 +65,12 @@ def _untrusted(path: Path, guard: Guard) -> tuple[list[Frame], list[Frame]]:
         if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
             _refuse(folder, "it is not a directory")
     for file in (path / "FORMAT", path / "MANIFEST", *(path / "wal").glob("*")):
-        _regular(file)
+        if os.path.lexists(file):
+            _regular(file)
     frames, logged = _directory(path)
-    for entry in _in_use(frames):
+    for entry in schema.check_all(path, frames + logged):
+        if entry.get("log"):
+            continue
         file = manifest.locate(path, entry["number"])
         _regular(file)
         if (size := file.lstat().st_size) != entry["bytes"]:
@@ -89,22 +93,12 @@ def _regular(file: Path) -> None:
         _refuse(file, f"it has {info.st_size} bytes")
 
 
-def _in_use(frames: Iterable[Frame]) -> list[dict[str, Any]]:
-    """Return the segments that no merge has replaced."""
-    used: dict[int, list[dict[str, Any]]] = {}
-    for seq, frame in enumerate(frames):
-        low, high = frame.get("replaces", (1, 0))
-        for number in [n for n in used if low <= n <= high]:
-            del used[number]
-        used[low if low <= high else seq] = frame.get("segments", [])
-    return [entry for entries in used.values() for entry in entries]
-
-
 def expected(parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
     """Return what a walk expects of the segment that holds these parts."""
-    wanted, n_sums = {}, 1
+    wanted: dict[str, dict[str, Any]] = {}
+    n_sums = 1
     for part in parts:
-        wanted[part.name] = packed.stored(part)
+        packed.add(wanted, part)
         n_sums += len(part.chunks)
     wanted[segment.CRC32] = {"shape": [n_sums], "dtype": "<u4", "filters": []}
     wanted[segment.FRAME] = {"dtype": "|u1", "filters": []}

@@ -75,7 +75,7 @@ class Guard:
             child.stdin.flush()
             answer = _parsed(_line(child.stdout.fileno()))
         except TimeoutError:
-            answer = {"refused": [f"looking at it took over {SECONDS:.0f} s"]}
+            answer = {"refused": [f"looking at it took over {SECONDS:g} s"]}
             self.__exit__(None, None, None)
         except (BrokenPipeError, ValueError):
             answer = {"refused": ["looking at it ended its process"]}

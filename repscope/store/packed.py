@@ -75,7 +75,8 @@ def _frames(path: Path, offset: int, size: int) -> list[dict[str, Any]]:
         data = os.pread(file.fileno(), size, offset)
         file_bytes = os.fstat(file.fileno()).st_size
     found = manifest.decode_all(data, path)
-    version = found[0].get("packed") if found else None
+    head = found[0] if found else None
+    version = head.get("packed") if isinstance(head, dict) else None
     if found is None or type(version) is not int:
         raise CorruptSegment(
             f"{path} has a damaged @manifest: nothing in it can be trusted. Restore "
@@ -86,10 +87,8 @@ def _frames(path: Path, offset: int, size: int) -> list[dict[str, Any]]:
             f"{path} has format {version} of packed stores, this RepScope knows up to "
             f"{VERSION}; upgrade repscope to read it"
         )
-    for frame in found:
-        for entry in frame.get("segments", ()):
-            entry["bytes"] = file_bytes
-        schema.check(path, frame)
+    for entry in schema.check_all(path, found, file_bytes=file_bytes):
+        entry["bytes"] = file_bytes
     return found
 
 
@@ -101,23 +100,32 @@ def expected(
     Args:
         frames: Checked.
         manifest_place: Where ``@manifest`` is, and how long.
-    """
+
+    Raises:
+        Refused: If the manifest gives two parts one dataset.
+    """  # noqa: DOC502 - raised by add
     wanted: dict[str, dict[str, Any]] = {}
     if manifest_place is not None:
         wanted["@manifest"] = _plain([manifest_place[1]], "|u1")
     for frame in frames:
         for entry in frame.get("segments", ()):
             for part in (Part.from_json(part) for part in entry["parts"]):
-                wanted[part.name] = stored(part)
+                add(wanted, part)
                 name = f"{INDEX}/{encode(part.target)}/{encode(part.layer)}"
                 wanted[name] = _plain([len(part.where[0]), 3], "<i8")
     return wanted
 
 
-def stored(part: Part) -> dict[str, Any]:
-    """Return what a walk expects of the dataset of a part."""
+def add(wanted: dict[str, dict[str, Any]], part: Part) -> None:
+    """Note what a walk expects of the dataset of a part.
+
+    Raises:
+        Refused: If it is the dataset of another one.
+    """
+    if part.name in wanted:
+        raise walker.Refused("one dataset, of which the manifest says two", part.name)
     sizes = [chunk[2] if len(chunk) > 2 else part.chunk_bytes for chunk in part.chunks]
-    return {
+    wanted[part.name] = {
         "shape": list(part.shape),
         "dtype": STORED_AS[part.torch_dtype],
         "chunk": list(part.chunk_shape) if part.chunks else None,

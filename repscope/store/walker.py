@@ -57,8 +57,8 @@ class Refused(Exception):
 
 
 def _printable(text: str) -> str:
-    """Return text from a file without what a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return the start of a text, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
 
 
 @contextlib.contextmanager
