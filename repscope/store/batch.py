@@ -49,6 +49,7 @@ class Batch:
         self.nbytes = sum(segment["bytes"] for segment in frame["segments"])
         self.steps = from_spans(frame["steps"])
         self.visible = np.ones(len(self.steps), bool)
+        self._highest = int(self.steps.max(initial=-1))
         self.visible[from_spans(frame.get("hidden", []))] = False
         self.tags = [(first + record, tag) for record, tag in frame["tags"]]
         self.parts: dict[StreamKey, list[StoredPart]] = {}
@@ -69,7 +70,9 @@ class Batch:
 
     def rewind(self, step: int) -> None:
         """Hide every record after ``step``."""
-        self.visible &= self.steps <= step
+        if step < self._highest:
+            self.visible &= self.steps <= step
+            self._highest = step
 
     def find(self, key: StreamKey, record: int) -> list[tuple[StoredPart, int, int]]:
         """Return where the rows of a record are: part, start, rows; empty if absent."""

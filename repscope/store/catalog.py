@@ -103,12 +103,11 @@ class Catalog:
             CorruptSegment: If it does not hold the same records.
         """
         low, high = frame["replaces"]
-        old = [
-            i
-            for i, batch in enumerate(self._batches)
-            if low <= batch.frames[0] and batch.frames[1] <= high
-        ]
-        gone = [self._batches[i] for i in old]
+        first = bisect.bisect_left(self._batches, low, key=_first_frame)
+        end = bisect.bisect_right(self._batches, high, key=_first_frame)
+        gone = self._batches[first:end]
+        if gone and gone[-1].frames[1] > high:
+            gone, end = gone[:-1], end - 1
         merged = Batch(self._locate, gone[0].first if gone else 0, frame, seq)
         steps = [batch.steps for batch in gone]
         if not gone or not np.array_equal(np.concatenate(steps), merged.steps):
@@ -116,7 +115,7 @@ class Catalog:
                 f"{self.path}/MANIFEST merges segments into one that holds other "
                 "records; restore it from a copy"
             )
-        self._batches[old[0] : old[-1] + 1] = [merged]
+        self._batches[first:end] = [merged]
         self._compare(merged)
         for number in (number for batch in gone for number in batch.numbers):
             self.nbytes -= self.files.pop(number, 0)
@@ -332,7 +331,10 @@ class Catalog:
         self, key: StreamKey, records: Sequence[int], units: slice | Ints
     ) -> Tensor:
         first = self.shape(key, records[0])
-        shape = (*first[:-1], len(np.arange(first[-1])[units])) if first else ()
+        shape = first
+        if first:
+            chosen = range(first[-1])[units] if isinstance(units, slice) else units
+            shape = *first[:-1], len(chosen)
         dtype = self.batch(records[0]).parts[key][0].part.torch_dtype
         nbytes = len(records) * math.prod(shape) * dtype.itemsize
         self._check_budget(key, nbytes)
@@ -411,9 +413,14 @@ class Catalog:
                     seen = batch.visible[records]
                     if not seen.any():
                         continue
+                    self._check_budget((kind, name), part.shape[0] * part.row_bytes)
                     out = torch.empty(part.shape, dtype=part.torch_dtype)
                     stored.read(0, part.shape[0], out.view(torch.uint8).numpy())
                     yield name, batch.steps[records[seen]].tolist(), out[seen]
+
+
+def _first_frame(batch: Batch) -> int:
+    return batch.frames[0]
 
 
 def _shape(found: Sequence[tuple[StoredPart, int, int]]) -> tuple[int, ...]:

@@ -278,9 +278,10 @@ def _gather(
     """Return what `StoredPart.take` does, from a grid of chunks."""
     cell = part.chunk_shape
     counts = [-(-size // side) for size, side in zip(part.shape, cell, strict=True)]
-    wanted = [np.arange(start, stop), *(np.arange(size) for size in part.shape[1:])]
-    if len(wanted) > 1:
-        wanted[-1] = wanted[-1][units]
+    wanted = [np.arange(start, stop), *(np.arange(size) for size in part.shape[1:-1])]
+    if len(part.shape) > 1:
+        span = units.indices(part.shape[-1]) if isinstance(units, slice) else ()
+        wanted.append(np.arange(*span) if isinstance(units, slice) else units)
     kind = np.dtype(f"<i{part.torch_dtype.itemsize}")
     out: Bits = np.empty([len(axis) for axis in wanted], kind)
     split = [list(_split(axis, side)) for axis, side in zip(wanted, cell, strict=True)]

@@ -90,6 +90,8 @@ def follow(
         frame: A frame.
         seq: Its number.
     """
+    if about and not frame.keys() & {"created", "rewind"} and not frame.get("meta"):
+        return dict(about)
     rewinds = list(about.get("rewinds", ()))
     if "rewind" in frame:
         rewinds.append([seq, frame["rewind"]])

@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +20,7 @@ from repscope.store.catalog import Catalog
 from repscope.store.chunks import describe
 from repscope.store.contents import Trust
 from repscope.store.display import as_html, as_text
-from repscope.store.index import LABELS, RESERVED, SCALARS, as_slice, is_rows
+from repscope.store.index import LABELS, RESERVED, SCALARS, Index, as_slice, is_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,14 +240,14 @@ class Run:
                 f"tensor of shape {shape}; leave units= out"
             )
         try:
-            chosen = np.arange(shape[-1])[units]
+            chosen = _indices(shape[-1], units)
         except (IndexError, TypeError) as error:
             raise UsageError(
                 f"units={units!r} does not fit {target} of layer {layer!r}, which have "
                 f"{shape[-1]} ({error})"
             ) from None
-        found = self._catalog.series(key, records, as_slice(np.atleast_1d(chosen)))
-        return found[..., 0] if chosen.ndim == 0 else found
+        found = self._catalog.series(key, records, chosen)
+        return found[..., 0] if _is_single(units) else found
 
     def _records(
         self, key: StreamKey, steps: slice | Iterable[int] | None
@@ -391,6 +391,21 @@ class Run:
                 f"{self.path} has no tag {tag!r}{suggest(tag, self._catalog.tags)}"
             )
         return self._catalog.tags[tag]
+
+
+def _indices(n: int, units: int | slice | Sequence[int]) -> Index:
+    """Return which of ``n`` units are chosen; nothing as long as ``n`` is made."""
+    if isinstance(units, slice):
+        span = range(n)[units]
+        if span.step == 1:
+            return slice(span.start, span.stop)
+        return np.arange(span.start, span.stop, span.step)
+    many = [units] if _is_single(units) else cast("Sequence[int]", units)
+    return as_slice(np.array([range(n)[operator.index(u)] for u in many], np.int64))
+
+
+def _is_single(units: object) -> TypeGuard[int]:
+    return hasattr(units, "__index__") and not getattr(units, "ndim", 0)
 
 
 def _nearest(step: int, steps: list[int], *, n: int = 3) -> str:

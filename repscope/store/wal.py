@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repscope.errors import CorruptSegment
 from repscope.snapshot import StreamKey
-from repscope.store import files, manifest
+from repscope.store import files, manifest, schema
 from repscope.store.index import SCALARS, Part, is_rows
 from repscope.store.pending import Record
 
@@ -153,14 +154,15 @@ def read(store: Path, number: int) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     data, frames, end = path.read_bytes(), [], 0
-    for frame, stop in _scan(data):
-        frame["segments"][0] |= {"number": number, "log": True, "bytes": stop}
+    for frame, stop in _scan(data, path):
+        for entry in frame["segments"]:
+            entry |= {"number": number, "log": True, "bytes": stop}
         frames.append(frame)
         end = stop
     return frames, len(data) - end
 
 
-def _scan(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+def _scan(data: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield whole entries, and where each ends."""
     at = seq = 0
     while at + _HEAD.size + _CRC.size <= len(data):
@@ -173,11 +175,14 @@ def _scan(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
             return
         try:
             frame = json.loads(head[_HEAD.size :])
-            at, seq = base + frame["segments"][0]["bytes"], seq + 1
-            whole = at <= len(data) and _settle(frame, data, base)
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        except (ValueError, RecursionError):
             return
-        if not whole:
+        try:  # before anything is made of it: a good checksum does not make it sense
+            schema.check(path, frame)
+        except CorruptSegment:
+            return
+        at, seq = base + sum(e["bytes"] for e in frame.get("segments", ())), seq + 1
+        if at > len(data) or not _settle(frame, data, base):
             return
         yield frame, at
 
@@ -188,7 +193,7 @@ def _settle(frame: dict[str, Any], data: bytes, base: int) -> bool:
     Returns:
         Whether every tensor is whole.
     """
-    for part in frame["segments"][0]["parts"]:
+    for part in (part for entry in frame["segments"] for part in entry["parts"]):
         size = _nbytes(part)
         for chunk in part["chunks"]:
             chunk[0] += base

@@ -42,12 +42,28 @@ def run(create, tiny):
 
 
 def stacked(run, layer, target, steps, units=slice(None)):
+    if isinstance(units, slice) and units.step == -2:
+        units = [4, 2, 0]  # torch has no negative strides
     return torch.stack([run.read(layer, s, target=target)[..., units] for s in steps])
 
 
 @pytest.mark.parametrize("target", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("units", [None, 2, -1, [0, 4], [3, 1], slice(1, 4), [4]])
+@pytest.mark.parametrize(
+    "units",
+    [
+        None,
+        2,
+        -1,
+        [0, 4],
+        [3, 1],
+        slice(1, 4),
+        slice(None, None, -2),
+        [4],
+        np.array([0, -1]),
+        torch.tensor(3),
+    ],
+)
 def test_a_series_is_what_the_steps_are(run, same, target, dtype, units):
     layer = str(dtype)
     got = run.series(layer, target=target, units=units)
