@@ -47,6 +47,7 @@ def _directory(path: Path) -> tuple[list[Frame], list[Frame]]:
         frames = manifest.read(path)
         logged, _ = wal.read(path, len(frames))
         if before is None or _same_file(before, (path / "MANIFEST").stat()):
+            wal.check_numbers(path, len(frames))
             break
         # The log was folded into a segment meanwhile: look again.
     return frames, logged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -88,7 +89,8 @@ def finish(
     # Whole or gone: a reader takes the directory for the run while it has its name.
     gone = work.with_name(f".tmp-{work.name}-{os.getpid()}")
     work.rename(gone)
-    files.sync_directory(path.parent)
+    with contextlib.suppress(OSError):  # should it come back, it is the same run
+        files.sync_directory(path.parent)
     shutil.rmtree(gone, ignore_errors=True)
 
 

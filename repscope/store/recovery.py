@@ -159,6 +159,7 @@ def _is_whole(path: Path) -> bool:
     """
     try:
         frames, _, _ = manifest.load(path)
+        wal.check_numbers(path, len(frames))
     except FormatTooNew:
         raise
     except (NotAStore, CorruptSegment):
@@ -184,6 +185,7 @@ def _go_on(
     repaired: bool = False,
 ) -> Writer:
     frames, whole, tail = manifest.load(path)
+    wal.check_numbers(path, len(frames))
     found: dict[str, Any] = {}
     if tail:
         name = files.set_aside(path, "MANIFEST-tail")

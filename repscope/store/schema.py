@@ -139,6 +139,7 @@ def _spans(spans: Spans, what: str, *, most: int, below: int = _LARGEST) -> int:
     total = 0
     for first, count, stride in spans:
         _want(_int(count, what) > 0 and type(stride) is int, what)
+        _want(abs(stride) < _LARGEST, what)
         _int(first, what, below=below)
         _int(first + (count - 1) * stride, what, below=below)
         total += count

@@ -162,6 +162,26 @@ def read(store: Path, number: int) -> tuple[list[dict[str, Any]], int]:
     return frames, len(data) - end
 
 
+def check_numbers(store: Path, number: int) -> None:
+    """Refuse a store whose log follows a frame that its manifest does not have.
+
+    Args:
+        store: The store.
+        number: How many frames its manifest has.
+
+    Raises:
+        CorruptSegment: If the manifest has lost its end: no crash leaves that.
+    """
+    for log in (store / "wal").glob("[0-9]*.log"):
+        later = log.stem.isdigit() and int(log.stem) > number
+        if later and read(store, int(log.stem))[0]:
+            raise CorruptSegment(
+                f"{store}/MANIFEST has lost its end: it has {number} frames, and "
+                f"{log.name} holds what came after {int(log.stem)}; `repscope check "
+                f"--repair {store}` restores them"
+            )
+
+
 def _scan(data: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield whole entries, and where each ends."""
     at = seq = 0

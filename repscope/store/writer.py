@@ -214,8 +214,8 @@ class Writer:
         self.commit()
         with self._disk_errors():
             self.write_frame({"closed": True})
-        if self.one_file is not None:
-            onefile.finish(self.one_file)
+            if self.one_file is not None:
+                onefile.finish(self.one_file)
         self._let_go()
 
     def abort(self) -> None:

@@ -9,7 +9,7 @@ import h5py
 import pytest
 import torch
 
-from repscope.store import segment, writer
+from repscope.store import compact, packing, segment, writer
 
 _lines: list[tuple[str, str]] = []
 
@@ -18,7 +18,12 @@ _lines: list[tuple[str, str]] = []
 def _usual_sizes():
     """Put the store's sizes back: the workloads change them in this process too."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((writer, "SEGMENT_BYTES"), (segment, "CHUNK_BYTES")):
+        for module, name in (
+            (writer, "SEGMENT_BYTES"),
+            (segment, "CHUNK_BYTES"),
+            (packing, "CHUNK_BYTES"),
+            (compact, "FAN"),
+        ):
             patch.setattr(module, name, getattr(module, name))
         yield
 
@@ -45,4 +50,4 @@ def pytest_terminal_summary(terminalreporter):
         f"HDF5 {h5py.version.hdf5_version}"
     )
     for what, text in _lines:
-        terminalreporter.line(f"  {what:28} {text}")
+        terminalreporter.line(f"  {what:44} {text}")

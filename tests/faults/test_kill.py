@@ -1,7 +1,11 @@
-"""SIGKILL at random times: what was acknowledged is there, and opens as it is."""
+"""SIGKILL at random times: what was acknowledged is there, and opens as it is.
+
+A third of the runs become one file: they are also killed while they are packed.
+"""
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 import shutil
@@ -17,22 +21,27 @@ from faults.workload import (
     examine,
     forked,
     owed,
+    recovered,
     sizes,
     small_segments,
     tally,
 )
 
 from repscope import store
+from repscope.store import onefile
 
 
 def record_until_killed(path: Path, seed: int, pipe: int) -> None:
     rng = random.Random(seed)
     small_segments(rng)
-    writer = store.create(path, meta={"seed": seed})
+    how = rng.choice(["batch", "batch", "append"])
+    writer = store.create(path, meta={"seed": seed}, durability=how)
     acks = Acks(writer, pipe)
     acks.tell()  # from here on the store must open
     commit_every = rng.choice([1, 2, 8, 30])
     last = rng.choice([5, 40, 10**9, 10**9, 10**9])
+    if path.suffix == ".h5":
+        last = rng.choice([1, 5, 10, 20, 10**9])  # more are closed, and so packed
     for step in range(last):
         acks.append()
         if step % commit_every == commit_every - 1:
@@ -43,8 +52,13 @@ def record_until_killed(path: Path, seed: int, pipe: int) -> None:
     signal.pause()
 
 
+def place(folder: Path, seed: int) -> Path:
+    return folder / str(seed) / ("run" if seed % 3 else "run.h5")
+
+
 def kill_one(path: Path, seed: int) -> tuple[int, Seen]:
     """Kill a recording child once; return the acknowledged steps and what is left."""
+    path.parent.mkdir()
     rng = random.Random(-1 - seed)
     read, write = os.pipe()
     with os.fdopen(read, "rb") as told:
@@ -52,28 +66,47 @@ def kill_one(path: Path, seed: int) -> tuple[int, Seen]:
             os.close(write)
             # One in five is killed around its creation, perhaps before it.
             first = told.read(8) if rng.random() < 0.8 else b""
-            time.sleep(rng.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.05 if seed % 3 else 0.1))
         acks = first + told.read()
     acked = struct.unpack("<q", acks[-8:])[0] if acks else -1
     return acked, examine(path, max(acked, 0))
 
 
+def state(path: Path) -> str:
+    """Return what of a run that becomes one file is there."""
+    if path.exists():
+        return "both" if onefile.workplace(path).exists() else "packed"
+    packing = any(path.parent.glob(".tmp-run.h5-*"))
+    return "while it was packed" if packing else "while it was recorded"
+
+
 @sizes(short=12, long=1200)
 def test_kill(n, tmp_path, figures):
-    trials, unborn = [], 0
+    trials, again, unborn = [], [], 0
+    states = collections.Counter()
     for seed in range(n):
-        acked, seen = kill_one(tmp_path / str(seed), seed)
+        path = place(tmp_path, seed)
+        acked, seen = kill_one(path, seed)
         if acked < 0:
             unborn += 1  # create() had not returned: nothing was promised
         else:
-            trials.append((acked, seen))
-        shutil.rmtree(tmp_path / str(seed), ignore_errors=True)
-    total = tally(seen for _, seen in trials)
-    acked_rows = sum(owed(acked) for acked, _ in trials)
-    figures("SIGKILL", kills=n, before_create_returned=unborn, acked_rows=acked_rows,
-            **total)  # fmt: skip
-    assert acked_rows > n
-    assert not any(total.values())
+            trials.append((path.suffix, acked, seen))
+            states[path.suffix and state(path)] += 1
+            if seed % 4 < 2:
+                again += recovered(path, max(acked, seen.steps))
+        shutil.rmtree(path.parent)
+    for suffix, what in (("", "a directory"), (".h5", "one file")):
+        some = [(acked, seen) for kind, acked, seen in trials if kind == suffix]
+        figures(f"SIGKILL, {what}", kills=len(some),
+                acked_rows=sum(owed(acked) for acked, _ in some),
+                **tally(seen for _, seen in some))  # fmt: skip
+    figures("SIGKILL, both", kills=n, before_create_returned=unborn)
+    del states[""]
+    figures("SIGKILL, one file, killed", **dict(states.most_common()))
+    figures("SIGKILL, gone on with", looks=len(again), **tally(again))
+    assert sum(owed(acked) for _, acked, _ in trials) > n
+    assert not any(tally(seen for *_, seen in trials).values())
+    assert not any(tally(again).values())
 
 
 @pytest.mark.parametrize("rest", [b"", b"x"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from repscope import store
 from repscope.errors import StoreError
 from repscope.snapshot import Snapshot
-from repscope.store import segment, writer
+from repscope.store import compact, segment, writer
 
 WIDTH = 128  # float32 in each of two layers: 1 KiB a row
 KEYS = (("outputs", "hidden1"), ("outputs", "hidden2"), ("weights", "head"))
@@ -77,9 +77,10 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def small_segments(rng: random.Random) -> None:
-    """Let commits differ: one segment or several, one chunk or many."""
+    """Let commits differ: some segments or one, many chunks or one, merged or not."""
     writer.SEGMENT_BYTES = rng.choice([2**14, 2**16, 2**20])
     segment.CHUNK_BYTES = rng.choice([2**11, 2**14])
+    compact.FAN = rng.choice([3, 16])
 
 
 class Acks:
@@ -94,6 +95,10 @@ class Acks:
         self._writer, self._fd, self._told = recording, fd, -1
         self._total = 0
         self._taken = 0
+
+    def go_on(self, recording: store.Writer) -> None:
+        """Take another writer of the same store, which has all that was appended."""
+        self._writer = recording
 
     def append(self) -> None:
         """Append the next step."""
@@ -153,6 +158,28 @@ def examine(path: Path, acked: int) -> Seen:
     return Seen(True, len(run.steps), owed(acked) - good, wrong, torn)
 
 
+def recovered(path: Path, acked: int) -> list[Seen]:
+    """Go on with a store after a crash: recover it, and then record one more step.
+
+    Args:
+        path: The store; it is changed.
+        acked: Steps 0 to ``acked - 1`` must be there.
+
+    Returns:
+        What it shows after either.
+    """
+    try:
+        store.reopen(path).abort()
+        rest(path)
+        first = examine(path, acked)
+        with contextlib.closing(store.reopen(path)) as writer:
+            writer.append(snapshot(first.steps))
+    except StoreError:
+        return [Seen(opens=False, lost=owed(acked))]
+    rest(path)
+    return [first, examine(path, max(acked, first.steps + 1))]
+
+
 def frames_behind(manifest: Path) -> bool:
     """Return whether a whole frame follows one that is not: no crash does that."""
     data, whole = manifest.read_bytes(), []
@@ -179,6 +206,12 @@ def age(file: Path) -> None:
     """Give a file a time of its own, as the clock does between faults in life."""
     now = next(_ticks)
     os.utime(file, ns=(now, now))
+
+
+def rest(path: Path) -> None:
+    """Give every file of a run times of their own, wherever it is by now."""
+    for each in path.parent.rglob("*"):
+        age(each)
 
 
 # -- processes ---------------------------------------------------------------

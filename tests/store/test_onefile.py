@@ -11,7 +11,7 @@ from torch import nn
 import repscope as rs
 from repscope import store
 from repscope.errors import NotAStore, StoreExists, StoreFull, StoreLocked
-from repscope.store import onefile, packing
+from repscope.store import files, onefile, packing
 
 
 @pytest.fixture
@@ -120,6 +120,26 @@ def test_a_kill_between_packing_and_removing(path, snapshot, same, monkeypatch):
     (path.parent / ".tmp-a.h52").write_text("a stranger's")
     store.reopen(path).close()
     assert names(path) == [".tmp-a.h52", "a.h5"]
+    check(path, snapshot, same, [0, 1, 2])
+
+
+def test_a_folder_that_does_not_sync_after_the_last_rename(
+    path, snapshot, same, monkeypatch
+):
+    """The file is complete by then: the run is closed, not half closed for ever."""
+    w = record(path, snapshot, range(3))
+    real = files.sync_directory
+
+    def fails(folder):
+        if folder == path.parent and not onefile.workplace(path).exists():
+            raise OSError(5, "Input/output error")
+        real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_directory", fails)
+        w.close()
+    assert w.closed
+    assert names(path) == ["a.h5"]
     check(path, snapshot, same, [0, 1, 2])
 
 

@@ -127,12 +127,26 @@ def test_a_log_that_was_folded_already_counts_once(open_writer, snapshot, same):
     w.commit()
     w.abort()
     (w.path / "wal" / "00000001.log").write_bytes(log)
-    (w.path / "wal" / "00000009.log").write_bytes(log)  # of nobody
+    (w.path / "wal" / "00000009.log").write_bytes(b"of nobody")
     check(w.path, snapshot, same, [0, 1, 2])
     open_writer.again(w.path).close()
     check(w.path, snapshot, same, [0, 1, 2])
     assert logs(w.path) == []
     assert [f.name for f in (w.path / "quarantine").iterdir()] == ["00000009.log"]
+
+
+def test_a_log_behind_a_frame_that_is_not_there_is_damage(open_writer, snapshot):
+    """Its rows were acknowledged: to go on without them would give them up."""
+    w = open_writer()
+    w.append(snapshot(0))
+    w.abort()
+    (w.path / "wal" / "00000001.log").rename(w.path / "wal" / "00000002.log")
+    for use in (store.open, open_writer.again):
+        with pytest.raises(CorruptSegment, match=r"lost its end.*00000002\.log"):
+            use(w.path)
+    assert store.check(w.path).damaged
+    store.repair(w.path)
+    assert store.open(w.path).steps == [0]
 
 
 def test_a_reader_from_before_the_fold_finds_the_rows_again(
