@@ -180,8 +180,11 @@ class Catalog:
 
     def visible(self) -> list[tuple[int, int, tuple[str, ...]]]:
         """Return number, step and tags of every record that no rewind has hidden."""
+        tags: dict[int, list[str]] = {}
+        for record, tag in (each for batch in self._batches for each in batch.tags):
+            tags.setdefault(record, []).append(tag)
         return [
-            (batch.first + i, int(batch.steps[i]), self.tags_of(batch.first + i))
+            (batch.first + i, int(batch.steps[i]), tuple(tags.get(batch.first + i, ())))
             for batch in self._batches
             for i in np.flatnonzero(batch.visible).tolist()
         ]
@@ -342,7 +345,8 @@ class Catalog:
         bits, filled = out.view(_BITS[dtype.itemsize]).numpy(), np.zeros(len(out), bool)
         wanted = np.array(records, np.int64)
         rows = first[0] if is_rows(key[0]) else 1
-        for batch in self._batches:
+        inside = np.searchsorted(self._starts, wanted, side="right") - 1
+        for batch in (self._batches[i] for i in np.unique(inside)):
             for stored, start, n, at in batch.runs(key, wanted, rows):
                 data = stored.take(start, start + n * rows, units)
                 bits[at : at + n].reshape(data.shape)[:] = data

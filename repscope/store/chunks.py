@@ -31,7 +31,7 @@ Signature = tuple[int, ...]  # device, inode, size and mtime of a file
 _verified: dict[Signature, set[tuple[int, int, int]]] = {}
 
 _MAPS = 256
-_UNPACKED_BYTES = 2**27
+_UNPACKED_BYTES = 2**28
 _maps: OrderedDict[Signature, Bytes] = OrderedDict()
 _unpacked: OrderedDict[tuple[Signature, int], Bytes] = OrderedDict()
 

@@ -46,7 +46,7 @@ def choose(batches: Sequence[Batch | None], *, limit: int) -> list[Batch]:
 
 def is_small(batch: Batch, *, limit: int) -> bool:
     """Return whether a batch may be merged with others."""
-    return batch.n_segments == 1 and batch.nbytes <= limit // 2
+    return batch.n_segments <= 1 and batch.nbytes <= limit // 2
 
 
 def columns(batches: Sequence[Batch]) -> list[Column]:

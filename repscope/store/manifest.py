@@ -298,11 +298,12 @@ class Manifest:
     def _renew(self) -> None:
         """Go on in a new file: after a failed fsync the kernel may drop old pages."""
         temp = self._path.with_name(f".tmp-MANIFEST-{os.getpid()}")
+        files.discard(temp)
         files.write_new(temp, [self._path.read_bytes()[: self._good]])
         temp.rename(self._path)
         files.sync_directory(self._path.parent)
-        self._file.close()
-        self._file = self._path.open("r+b", buffering=0)
+        old, self._file = self._file, self._path.open("r+b", buffering=0)
+        old.close()
         self._suspect = False
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ Compression = Literal["none", "gzip", "zstd"]
 Layout = Literal["step", "series"]
 LAYOUTS = ("step", "series")
 CHUNK_BYTES = 2**20
-_BUFFER_BYTES = 2**26
+_BUFFER_BYTES = 2**24  # a row of chunks: what reading one step has to unpack
 _ALIGN = 64
 
 

@@ -163,7 +163,10 @@ def _plain(key: StreamKey, tensor: Tensor) -> Tensor:
             "record it as a scalar"
         )
     if tensor.requires_grad or tensor.is_neg() or not tensor.is_contiguous():
-        return tensor.detach().resolve_neg().contiguous()
+        tensor = tensor.detach().resolve_neg().contiguous()
+    if tensor.ndim and tensor.stride(-1) != 1:
+        # One value is contiguous whatever its strides are, but not for a view of bytes.
+        return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
 

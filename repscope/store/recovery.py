@@ -77,21 +77,41 @@ def reopen(
 
 def _unpack(file: Path, path: Path) -> None:
     """Make the directory that a packed store would come from; it is whole or absent."""
+    while not path.exists():
+        before = file.stat()
+        temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        shutil.rmtree(temp, ignore_errors=True)
+        try:
+            _copy_out(file, temp)
+            lock = Lock(temp / "LOCK")
+            try:
+                temp.rename(path)
+                files.sync_directory(path.parent)
+                if not os.path.samestat(before, file.stat()):
+                    # Somebody went on with the run and packed it meanwhile.
+                    shutil.rmtree(path)
+            finally:
+                lock.release()
+        except OSError:
+            # Another process that unpacks the same file was first, or swept ours away.
+            shutil.rmtree(temp, ignore_errors=True)
+            if not path.exists() and file.exists():
+                raise
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+
+
+def _copy_out(file: Path, path: Path) -> None:
     catalog = Catalog(file)
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    shutil.rmtree(temp, ignore_errors=True)
-    writer = create(temp, meta=catalog.meta)
+    writer = create(path, meta=catalog.meta)
     try:
         for record, *_ in catalog.visible():
             writer.append(catalog.snapshot(record, list(catalog.last)))
         writer.progress = catalog.done
         writer.close()
-        temp.rename(path)
-        files.sync_directory(path.parent)
-    except BaseException:
+    finally:
         writer.abort()
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
 
 
 def is_stillborn(path: str | os.PathLike[str]) -> bool:

@@ -289,7 +289,7 @@ class Writer:
                 columns = plan(records, limit=_data_bytes())
                 frame["segments"] = self._write_segments(columns, written, frame)
             self._manifest.write(frame)
-        if written:
+        if "steps" in frame:  # also of records that have only a tag, and no segment
             self._batches.append(Batch(self._locate, 0, frame, seq))
         self._acked += self._pending.rows(first=self._logged)
         self._logged = 0
@@ -349,8 +349,9 @@ class Writer:
             about = {"run": run, "frame": frame, "place": place, "last": last}
             image = segment.Image(columns, seq=self._manifest.seq, about=about)
             temp = folder / f".tmp-{number}-{os.getpid()}"
+            written.append(temp)  # before it is there: an interrupt may come between
+            files.discard(temp)
             files.write_new(temp, image.pieces())
-            written.append(temp)
             index = {
                 "number": number,
                 "bytes": image.nbytes,
@@ -396,7 +397,8 @@ class Writer:
         frame = compact.frame(batches)
         with self._framing(written) as seq:
             columns = compact.columns(batches)
-            frame["segments"] = self._write_segments([columns], written, frame)
+            contents = [columns] if columns else []
+            frame["segments"] = self._write_segments(contents, written, frame)
             self._manifest.write(frame)
         if self._log is not None:
             self._log.restart(self._manifest.seq)

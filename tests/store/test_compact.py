@@ -208,3 +208,26 @@ def test_a_manifest_that_merges_other_records(create, snapshot):
         (w.path / "MANIFEST").write_bytes(data)
         with pytest.raises(CorruptSegment, match="other records"):
             store.open(w.path)
+
+
+def test_records_with_only_a_tag_among_those_that_are_merged(create, snapshot, same):
+    """As `capture_now("task-1")` of a live recording makes them."""
+    w = create()
+    for step in range(40):
+        w.append(snapshot(step))
+        w.commit()
+        if step % 9 == 4:
+            w.append(Snapshot(step, {}, tags=(f"task-{step}",)))
+            w.commit()
+    for step in range(40, 60):
+        w.append(Snapshot(step, {}, tags=(f"only-{step}",)))
+        w.commit()
+    w.close()
+    run = store.open(w.path)
+    assert len(list((w.path / "segments").iterdir())) < 20
+    assert run.tags["task-13"] == 13
+    assert run.tags["only-59"] == 59
+    for seen in run.snapshots():
+        same(seen, snapshot(seen.step))
+    assert run.steps == list(range(40))
+    store.reopen(w.path).close()

@@ -11,7 +11,7 @@ from torch import nn
 import repscope as rs
 from repscope import store
 from repscope.errors import NotAStore, StoreExists, StoreFull, StoreLocked
-from repscope.store import files, onefile, packing
+from repscope.store import files, onefile, packing, recovery
 
 
 @pytest.fixture
@@ -171,6 +171,26 @@ def test_an_unpacking_that_is_interrupted_leaves_the_file(path, snapshot, monkey
             store.reopen(path)
     assert names(path) == ["a.h5"]
     assert path.read_bytes() == before
+
+
+def test_somebody_goes_on_with_the_run_while_it_is_unpacked(
+    path, snapshot, same, monkeypatch
+):
+    record(path, snapshot, range(2)).close()
+    real, raced = recovery._copy_out, []
+
+    def slow(file, temp):
+        real(file, temp)
+        if not raced:
+            raced.append(True)
+            other = store.reopen(path)  # in life, another process
+            other.append(snapshot(2))
+            other.close()
+            real(file, temp) if not temp.exists() else None
+
+    monkeypatch.setattr(recovery, "_copy_out", slow)
+    store.reopen(path).close()
+    check(path, snapshot, same, [0, 1, 2])
 
 
 def test_a_directory_with_that_ending_stays_a_directory(tmp_path, snapshot, same):

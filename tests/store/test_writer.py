@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from repscope.errors import (
     UsageError,
 )
 from repscope.snapshot import Snapshot
+from repscope.store import files
 from repscope.store import writer as writer_module
 
 
@@ -335,3 +337,63 @@ def test_abort_drops_what_is_pending(create, snapshot):
         w.append(snapshot(2))
     w.close()  # nothing left to do
     assert not store.open(w.path).closed
+
+
+@pytest.mark.parametrize("durability", ["batch", "append"])
+def test_one_value_with_the_strides_of_a_larger_tensor(tmp_path, durability):
+    """Contiguous for torch, but not for a view of its bytes."""
+    big = torch.arange(30.0).reshape(6, 5)
+    odd = {
+        ("outputs", "column"): big[:1, :1].T,
+        ("outputs", "one"): big[:, 2][:1],
+        ("weights", "one"): big.T[:1, :1],
+        ("weights", "expanded"): torch.ones(()).expand(1),
+        ("weights", "0-dim"): big[2, 3],
+    }
+    assert any(t.ndim and t.stride(-1) != 1 for t in odd.values())
+    w = store.create(tmp_path / "run", meta={}, durability=durability)
+    w.append(Snapshot(0, odd))
+    w.close()
+    run = store.open(w.path)
+    for (target, layer), tensor in odd.items():
+        assert torch.equal(run.read(layer, 0, target=target), tensor)
+
+
+def test_an_interrupt_between_a_file_and_its_note_does_not_stand_in_the_way(
+    create, snapshot, monkeypatch
+):
+    w = create()
+    w.append(snapshot(0))
+    real = files.write_new
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_new", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            w.commit()
+    assert not list((w.path / "segments").iterdir())
+    w.close()
+    assert store.open(w.path).steps == [0]
+
+
+def test_an_interrupt_while_the_manifest_is_renewed(create, snapshot, monkeypatch):
+    """It stays the interrupt that it was, and the next commit goes on."""
+    w = create()
+    w.append(snapshot(0))
+    w._manifest._suspect = True  # as after a sync that failed
+    real = Path.open
+
+    def interrupted(path, *args, **kwargs):
+        if path.name == "MANIFEST" and args == ("r+b",):
+            raise KeyboardInterrupt
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            w.commit()
+    w.close()
+    assert store.open(w.path).steps == [0]
