@@ -76,7 +76,11 @@ def reopen(
 
 
 def _unpack(file: Path, path: Path) -> None:
-    """Make the directory that a packed store would come from; it is whole or absent."""
+    """Make the directory that a packed store would come from; it is whole or absent.
+
+    Raises:
+        OSError: If the operating system refuses it.
+    """
     while not path.exists():
         before = file.stat()
         temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
