@@ -120,17 +120,19 @@ def _print_check(found: store.Check, done: dict[str, Any] | None) -> None:
 
 def pack(arguments: argparse.Namespace) -> None:
     """Make one file of a store."""
+    before = store.open(arguments.store).nbytes
     store.pack(
         arguments.store,
         arguments.out,
         compression=arguments.compression,
         layout=arguments.layout,
     )
-    before, after = store.open(arguments.store).nbytes, arguments.out.stat().st_size
+    after = arguments.out.stat().st_size
+    rest = "as it was" if arguments.store.is_dir() else "this file now"
     print(arguments.out)
     print(
         f"{after / 2**20:.1f} MB, from {before / 2**20:.1f} MB; {arguments.store} is "
-        "as it was",
+        f"{rest}",
         file=sys.stderr,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ class Batch:
     def n_segments(self) -> int:
         """How many segments hold its rows."""
         return len(self.numbers)
+
+    @cached_property
+    def tags_by_record(self) -> dict[int, list[str]]:
+        """Tags of each record, numbered within the run."""
+        found: dict[int, list[str]] = {}
+        for record, tag in self.tags:
+            found.setdefault(record, []).append(tag)
+        return found
 
     def rewind(self, step: int) -> None:
         """Hide every record after ``step``."""

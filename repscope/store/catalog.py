@@ -48,7 +48,6 @@ class Catalog:
         self.path = path
         self.trust = trust
         self.about = manifest.follow({}, {}, 0)
-        self.meta: dict[str, Any] = {}
         self.closed = False
         self.progress = 0
         self.nbytes = 0
@@ -67,11 +66,8 @@ class Catalog:
     def _take(self, frame: Mapping[str, Any], seq: int) -> None:
         """Follow one frame."""
         self.about = manifest.follow(self.about, frame, seq)
-        self.meta |= frame.get("meta", {})
         self.closed = frame.get("closed", False)
         self.progress = frame.get("progress", self.progress)
-        if "reopened" in frame:
-            self.meta.pop("interrupted", None)
         if "rewind" in frame:
             self.progress = frame["rewind"]
             for batch in self._batches:
@@ -160,6 +156,12 @@ class Catalog:
         self.steps = sorted(self.by_step)
 
     @property
+    def meta(self) -> dict[str, Any]:
+        """What was noted about the run; later notes win."""
+        meta: dict[str, Any] = self.about["meta"]
+        return meta
+
+    @property
     def n_records(self) -> int:
         """How many records there are, hidden ones included."""
         return sum(len(batch.steps) for batch in self._batches)
@@ -180,11 +182,8 @@ class Catalog:
 
     def visible(self) -> list[tuple[int, int, tuple[str, ...]]]:
         """Return number, step and tags of every record that no rewind has hidden."""
-        tags: dict[int, list[str]] = {}
-        for record, tag in (each for batch in self._batches for each in batch.tags):
-            tags.setdefault(record, []).append(tag)
         return [
-            (batch.first + i, int(batch.steps[i]), tuple(tags.get(batch.first + i, ())))
+            (batch.first + i, int(batch.steps[i]), self.tags_of(batch.first + i))
             for batch in self._batches
             for i in np.flatnonzero(batch.visible).tolist()
         ]
@@ -200,7 +199,7 @@ class Catalog:
 
     def tags_of(self, record: int) -> tuple[str, ...]:
         """Return the tags of a record."""
-        return tuple(tag for at, tag in self.batch(record).tags if at == record)
+        return tuple(self.batch(record).tags_by_record.get(record, ()))
 
     def streams(self) -> list[StreamKey]:
         """Return the streams in order of first appearance."""

@@ -7,7 +7,9 @@ library, and nothing it returns has not been compared with what was acknowledged
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +32,50 @@ Signature = tuple[int, ...]  # device, inode, size and mtime of a file
 # What was checked of a file: (offset, size, crc32) of chunks
 _verified: dict[Signature, set[tuple[int, int, int]]] = {}
 
-_MAPS = 256
 _UNPACKED_BYTES = 2**28
-_maps: OrderedDict[Signature, Bytes] = OrderedDict()
-_unpacked: OrderedDict[tuple[Signature, int], Bytes] = OrderedDict()
+
+
+class _Recent:
+    """Arrays that were used lately; several threads may read one run.
+
+    Args:
+        most: How many to keep.
+        most_bytes: How many bytes to keep, apart from the latest array.
+    """
+
+    def __init__(self, *, most: int, most_bytes: float = math.inf) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self._kept: OrderedDict[Any, Bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: object, make: Callable[[], Bytes]) -> Bytes:
+        """Return what is kept for a key, or what ``make`` returns."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        made = make()
+        with self._lock:
+            self._kept[key] = made
+            nbytes = sum(len(each) for each in self._kept.values())
+            while len(self._kept) > 1 and (
+                len(self._kept) > self.most or nbytes > self.most_bytes
+            ):
+                nbytes -= len(self._kept.popitem(last=False)[1])
+        return made
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._kept.clear()
+
+
+_maps = _Recent(most=256)
+_unpacked = _Recent(most=2**16, most_bytes=_UNPACKED_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,18 +262,11 @@ class _Open:
         if not self._part.filter:
             self.verify(number)
             return self.map()[offset : offset + size]
-        key = self.signature, offset
-        if key not in _unpacked:
-            data = np.empty(size, np.uint8)
-            self._compare(number, data)
-            while _unpacked and _unpacked_bytes() > _UNPACKED_BYTES:
-                _unpacked.popitem(last=False)
-            _unpacked[key] = self._unpack(number, data)
-        _unpacked.move_to_end(key)
-        return _unpacked[key]
+        return _unpacked.get((self.signature, offset), lambda: self._unpack(number))
 
-    def _unpack(self, number: int, data: Bytes) -> Bytes:
-        part = self._part
+    def _unpack(self, number: int) -> Bytes:
+        part, data = self._part, np.empty(self._place(number)[1], np.uint8)
+        self._compare(number, data)
         nbytes, itemsize = part.chunk_bytes, part.torch_dtype.itemsize
         try:
             return filters.unpack(part.filter, data, nbytes=nbytes, itemsize=itemsize)
@@ -243,22 +278,24 @@ class _Open:
 
         Mapped by torch, which keeps no descriptor: a run may have many segments.
         """
-        if self.signature not in _maps:
-            path = self._stored.path
+        return _maps.get(self.signature, self._map)
+
+    def _map(self) -> Bytes:
+        path, size = self._stored.path, self.signature[2]
+        try:
+            data: Bytes = torch.from_file(
+                str(path), shared=False, size=size, dtype=torch.uint8
+            ).numpy()
+        except RuntimeError:
+            # A private map counts as memory, of which a large file may ask too much.
             try:
-                data = torch.from_file(
-                    str(path), shared=False, size=self.signature[2], dtype=torch.uint8
-                ).numpy()
-                if _signature(path.stat()) != self.signature:
-                    self._stored.blame("was replaced while it was read")
-            except (RuntimeError, FileNotFoundError):
+                data = np.memmap(path, np.uint8, mode="r", shape=(size,))
+            except FileNotFoundError:
                 self._stored.blame("is missing")
-            data.flags.writeable = False
-            _maps[self.signature] = data
-            while len(_maps) > _MAPS:
-                _maps.popitem(last=False)
-        _maps.move_to_end(self.signature)
-        return _maps[self.signature]
+        if _signature(path.stat()) != self.signature:
+            self._stored.blame("was replaced while it was read")
+        data.flags.writeable = False
+        return data
 
     def _place(self, number: int) -> tuple[int, int, int]:
         offset, crc, *size = self._part.chunks[number]
@@ -298,10 +335,6 @@ def _split(wanted: Ints, side: int) -> Iterator[tuple[int, Index, Index]]:
     for number in np.unique(chunk).tolist():
         into = np.flatnonzero(chunk == number)
         yield number, as_slice(into), as_slice(wanted[into] - number * side)
-
-
-def _unpacked_bytes() -> int:
-    return sum(len(data) for data in _unpacked.values())
 
 
 def _signature(info: os.stat_result) -> Signature:

@@ -90,14 +90,18 @@ def follow(
         frame: A frame.
         seq: Its number.
     """
-    if about and not frame.keys() & {"created", "rewind"} and not frame.get("meta"):
+    changing = {"created", "rewind", "reopened"}
+    if about and not frame.keys() & changing and not frame.get("meta"):
         return dict(about)
     rewinds = list(about.get("rewinds", ()))
     if "rewind" in frame:
         rewinds.append([seq, frame["rewind"]])
+    meta = about.get("meta", {}) | frame.get("meta", {})
+    if "reopened" in frame:
+        meta.pop("interrupted", None)  # it went on
     return {
         "created": frame.get("created", about.get("created", 0.0)),
-        "meta": about.get("meta", {}) | frame.get("meta", {}),
+        "meta": meta,
         "rewinds": rewinds,
     }
 

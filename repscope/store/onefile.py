@@ -117,12 +117,16 @@ def pack(
 
     Raises:
         UsageError: If the name of ``out`` does not end in ``.h5``.
+        StoreExists: If something is at ``out``, or another run becomes it.
     """
     path, out = Path(path).absolute(), Path(out).absolute()
     if out.suffix != ".h5":
         raise UsageError(f"a packed store is a file NAME.h5, got {out}")
-    finishes = path in (out, workplace(out)) and workplace(out).is_dir()
-    if finishes and not out.exists():
+    if workplace(out).is_dir():
+        if path not in (out, workplace(out)):
+            raise StoreExists(
+                f"{workplace(out)} is a run that becomes {out}: choose another path"
+            )
         lock = Lock(workplace(out) / "LOCK")
         try:
             finish(out, compression=compression, layout=layout)

@@ -328,10 +328,16 @@ def _part(
         counts = [
             -(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
         ]
+        # One pass: to look chunks up one by one is quadratic.
+        places: dict[tuple[int, ...], tuple[int, int]] = {}
+        dataset.id.chunk_iter(
+            lambda info: places.update(
+                {tuple(info.chunk_offset): (int(info.byte_offset), int(info.size))}
+            )
+        )
         for cell in np.ndindex(*counts):
             first = tuple(i * c for i, c in zip(cell, dataset.chunks, strict=True))
-            info = dataset.id.get_chunk_info_by_coord(first)
-            place, size = int(info.byte_offset), int(info.size)
+            place, size = places[first]
             crc = zlib.crc32(file.slice(place, place + size))
             chunks.append([place, crc, size] if filtered else [place, crc])
     shape = dataset.shape

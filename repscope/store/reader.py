@@ -77,6 +77,7 @@ class Run:
 
     def __init__(self, path: Path, *, trust: Trust = "default") -> None:
         self.path = path
+        self._where = path.absolute()  # a script may change its folder meanwhile
         self._trust: Trust = trust
         self.refresh()
 
@@ -86,11 +87,11 @@ class Run:
         Returns:
             The run itself.
         """
-        self._catalog = Catalog(onefile.located(self.path), trust=self._trust)
+        self._catalog = Catalog(onefile.located(self._where), trust=self._trust)
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Run], tuple[Path]]:
-        return functools.partial(open, trust=self._trust), (self.path,)
+        return functools.partial(open, trust=self._trust), (self._where,)
 
     def __repr__(self) -> str:
         return as_text(self)

@@ -19,6 +19,7 @@ from repscope.store import files, manifest, schema, segment, wal
 from repscope.store.index import Part, from_spans
 
 Frame = dict[str, Any]
+_MOST_LOOKS = 1000
 
 
 def carried(file: Path) -> tuple[int, Frame] | None:
@@ -34,8 +35,7 @@ def carried(file: Path) -> tuple[int, Frame] | None:
     """
     try:
         data = file.read_bytes()
-        at = data.rfind(manifest.MAGIC)
-        body, seq, end = manifest.frame_at(data, at)
+        at, (body, seq, end) = _last_frame(data)
         parts = [Part.from_json(part) for part in body["parts"]]
         chunks = [chunk for part in parts for chunk in part.chunks]
         first, size = body[segment.CRC32], 4 * (len(chunks) + 1)
@@ -50,6 +50,25 @@ def carried(file: Path) -> tuple[int, Frame] | None:
         return None
     number = int(file.stem) if file.stem.isdigit() else -1
     return seq, {**body, "segment": {"number": number, **entry}}
+
+
+def _last_frame(data: bytes) -> tuple[int, tuple[Frame, int, int]]:
+    """Return where the last frame in a segment starts, and the frame.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    at = len(data)
+    for _ in range(_MOST_LOOKS):  # notes in the frame may spell the magic too
+        at = data.rfind(manifest.MAGIC, 0, at + 3)
+        if at < 0:
+            break
+        try:
+            found = manifest.frame_at(data, at)
+        except ValueError:
+            continue
+        return at, found
+    raise ValueError("no whole frame")
 
 
 def from_segments(folder: Path, *, skip: set[int]) -> Iterable[tuple[int, Frame]]:
@@ -122,7 +141,10 @@ def is_sound(path: Path, frame: Mapping[str, Any]) -> bool:
         frame: A frame.
     """
     for entry in frame["segments"]:
-        data = manifest.locate(path, entry["number"]).read_bytes()
+        try:
+            data = manifest.locate(path, entry["number"]).read_bytes()
+        except OSError:
+            return False
         for part in (Part.from_json(part) for part in entry["parts"]):
             for offset, crc in part.chunks:
                 if zlib.crc32(data[offset : offset + part.chunk_bytes]) != crc:
@@ -174,6 +196,8 @@ def rebuild(path: Path) -> dict[str, Any]:
         )
     about, frames = _in_order(everything)
     known = {0, *everything, *(seq for seq, _ in about["rewinds"])}
+    for low, high in _merges(everything):
+        known |= set(range(low, high + 1))
     lost = sorted(set(range(max(everything))) - known)
     found = {"kept": len(kept), "restored": len(restored), "lost_frames": lost}
     meta = about["meta"]
@@ -186,6 +210,11 @@ def rebuild(path: Path) -> dict[str, Any]:
     if (old := path / "MANIFEST").is_file():
         name = files.set_aside(path, "MANIFEST")
         files.write_new(path / "quarantine" / name, [old.read_bytes()])
+    # Leftovers carry the old numbers, which mean nothing from now on.
+    named = _named(frames)
+    for file in sorted((path / "segments").glob("[0-9]*.h5")):
+        if file.stem.isdigit() and int(file.stem) not in named:
+            files.set_aside(path, file.name, file=file)
     _keep_log(path, above=max(everything), now=len(frames))
     temp.rename(path / "MANIFEST")
     files.sync_directory(path)
@@ -207,27 +236,40 @@ def _in_order(everything: Mapping[int, Frame]) -> tuple[dict[str, Any], list[Fra
     """Return what is known of a run, and its frames in the order of their records.
 
     Merged batches come where the ones they replaced were, so that no frame refers to
-    the number of another.
+    the number of another. A rewind that they span comes before them: what it hid of
+    their rows they say themselves.
     """
     about: dict[str, Any] = {}
-    merges = [f["replaces"] for f in everything.values() if "replaces" in f]
-    placed: list[tuple[int, int, Frame]] = []
+    merges = _merges(everything)
+    placed: list[tuple[float, int, Frame]] = []
     for seq, frame in sorted(everything.items()):
         frame = dict(frame)
         about = manifest.follow(frame.pop("run", about), frame, seq)
+        if seq:
+            frame.pop("meta", None)  # the last frame will have all notes that hold
         low, high = span = frame.pop("replaces", [seq, seq])
         if any(a <= low and high <= b and [a, b] != span for a, b in merges):
             for field in ("steps", "tags", "segments", "hidden", "level"):
                 frame.pop(field, None)  # its rows are in the merged batch
-        placed.append((low, seq, frame))
+        placed.append((_place(seq, merges) if "rewind" in frame else low, seq, frame))
     if 0 not in everything:
         placed.append((-1, 0, {"created": about["created"], "meta": about["meta"]}))
     placed += [
-        (seq, seq, {"rewind": step})
+        (_place(seq, merges), seq, {"rewind": step})
         for seq, step in about["rewinds"]
         if seq not in everything
     ]
     return about, [frame for *_, frame in sorted(placed, key=lambda p: p[:2])]
+
+
+def _merges(everything: Mapping[int, Frame]) -> list[list[int]]:
+    return [frame["replaces"] for frame in everything.values() if "replaces" in frame]
+
+
+def _place(rewind: int, merges: list[list[int]]) -> float:
+    """Return where a rewind is in the order of the records."""
+    spanned = [low - 0.5 for low, high in merges if low < rewind <= high]
+    return min(spanned, default=rewind)
 
 
 def _keep_log(path: Path, *, above: int, now: int) -> None:

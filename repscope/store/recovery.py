@@ -168,7 +168,7 @@ def repair(path: str | os.PathLike[str]) -> dict[str, Any]:
             closed = Catalog(path).closed
             writer = _go_on(path, lock, None, "batch", None, repaired=True)
             found |= writer.recovered
-            (writer.close if closed else writer.abort)()
+            (writer.close if closed and writer.recovered else writer.abort)()
     except BaseException:
         lock.release()
         raise
@@ -188,7 +188,8 @@ def _is_whole(path: Path) -> bool:
         raise
     except (NotAStore, CorruptSegment):
         return False
-    return not rebuild.unnamed(path, frames)
+    # What comes next after its frames is adopted; more than that no crash leaves.
+    return not any(seq > len(frames) for seq in rebuild.unnamed(path, frames))
 
 
 def _renew_format(path: Path) -> None:
@@ -210,11 +211,7 @@ def _go_on(
 ) -> Writer:
     frames, whole, tail = manifest.load(path)
     wal.check_numbers(path, len(frames))
-    found: dict[str, Any] = {}
-    if tail:
-        name = files.set_aside(path, "MANIFEST-tail")
-        files.write_new(path / "quarantine" / name, [tail])
-        found["torn_bytes"] = len(tail)
+    found = _set_tail_aside(path, tail)
     writable = manifest.Manifest(path, frames=len(frames), size=len(whole))
     try:
         if adopted := _adoptable(path, frames):
@@ -239,7 +236,8 @@ def _go_on(
     try:
         if snapshots := catalog.logged():
             writer.fold(snapshots, done)
-        writer.write_frame(frame)
+        if found or not repaired:
+            writer.write_frame(frame)
         _clear_logs(path, catalog.n_frames, torn="torn_log_bytes" in found)
         writer.keep_log(durability)
         writer.max_store_bytes = max_store_bytes
@@ -249,6 +247,14 @@ def _go_on(
         raise
     writer.start_from(at, catalog, recovered=found)
     return writer
+
+
+def _set_tail_aside(path: Path, tail: bytes) -> dict[str, Any]:
+    if not tail:
+        return {}
+    name = files.set_aside(path, "MANIFEST-tail")
+    files.write_new(path / "quarantine" / name, [tail])
+    return {"torn_bytes": len(tail)}
 
 
 def _adoptable(path: Path, frames: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_TRIES = 5
 _MOST = 6  # streams named for one file
 
 
@@ -86,15 +87,19 @@ def check(
     where = onefile.located(Path(path))
     if not where.exists() or (where.is_dir() and not _was_store(where)):
         raise NotAStore(f"{path} is no store: there is nothing to check")
-    try:
-        catalog = Catalog(where, trust=trust)
-    except FormatTooNew:
-        raise
-    except StoreError as error:
-        return Check(Path(path), full, tuple(_unreadable(where, error)))
-    found = [Finding("MANIFEST", "ok", _extent(catalog)), *_segments(catalog, full)]
-    if where.is_dir():
+    for _ in range(_TRIES):
+        try:
+            catalog = Catalog(where, trust=trust)
+        except FormatTooNew:
+            raise
+        except StoreError as error:
+            return Check(Path(path), full, tuple(_unreadable(where, error)))
+        found = [Finding("MANIFEST", "ok", _extent(catalog)), *_segments(catalog, full)]
+        if not where.is_dir():
+            break
         found += _beside(catalog)
+        if Catalog(where).files == catalog.files:
+            break  # else a living writer has merged segments meanwhile: look again
     return Check(Path(path), full, tuple(found))
 
 

@@ -243,8 +243,12 @@ class Writer:
         """Write a frame without records, and make it durable."""
         seq = self._manifest.seq
         self._manifest.write(dict(frame))
+        if self._log is not None:
+            self._log.sound = False  # it follows a frame that is no longer the last
         self._manifest.sync()
         self._about = manifest.follow(self._about, frame, seq)
+        if self._log is not None and not self._pending.records:
+            self._log.restart(self._manifest.seq)
 
     @property
     def pending_bytes(self) -> int:
@@ -289,16 +293,19 @@ class Writer:
                 columns = plan(records, limit=_data_bytes())
                 frame["segments"] = self._write_segments(columns, written, frame)
             self._manifest.write(frame)
-        if "steps" in frame:  # also of records that have only a tag, and no segment
-            self._batches.append(Batch(self._locate, 0, frame, seq))
-        self._acked += self._pending.rows(first=self._logged)
-        self._logged = 0
+            # All that takes time comes before the frame is durable: an interrupt after
+            # that must not find the records still waiting.
+            about = manifest.follow(self._about, frame, seq)
+            rows = self._pending.rows(first=self._logged)
+            # Also of records that have only a tag, and no segment.
+            new = [Batch(self._locate, 0, frame, seq)] if "steps" in frame else []
         self._pending.clear()
+        self._logged, self._notes, self._about = 0, {}, about
+        self._noted = frame.get("progress")
+        self._batches += new
+        self._acked += rows
         if self._log is not None:
             self._log.restart(self._manifest.seq)
-        self._about = manifest.follow(self._about, frame, seq)
-        self._notes = {}
-        self._noted = frame.get("progress")
 
     @contextlib.contextmanager
     def _framing(self, written: list[Path]) -> Iterator[int]:

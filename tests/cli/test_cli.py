@@ -332,6 +332,14 @@ def test_pack_makes_a_file_that_every_command_reads(recorded, tmp_path, capsys):
     assert "NAME.h5" in err
 
 
+def test_pack_finishes_a_run_that_was_killed(recorded, tmp_path, capsys):
+    recorded.rename(tmp_path / "x.h5.rscope")
+    code, text, err = run(capsys, "pack", tmp_path / "x.h5.rscope", tmp_path / "x.h5")
+    assert (code, text.strip()) == (0, str(tmp_path / "x.h5"))
+    assert "is this file now" in err
+    assert [f.name for f in tmp_path.iterdir()] == ["x.h5"]
+
+
 def test_argparse_errors_exit_with_two(capsys):
     for arguments in ([], ["nonsense"], ["plot", "spectrum"]):
         with pytest.raises(SystemExit) as caught:

@@ -10,7 +10,7 @@ import pytest
 
 from repscope import store
 from repscope.errors import FormatTooNew, NotAStore
-from repscope.store import manifest
+from repscope.store import compact, manifest, verify
 
 
 @pytest.fixture
@@ -167,3 +167,22 @@ def test_many_damaged_streams_are_counted(create, snapshot):
     assert "scalar 'loss'" in found.findings[1].detail or "more" in (
         found.findings[1].detail
     )
+
+
+def test_a_store_that_is_written_and_merged_meanwhile_is_sound(
+    create, snapshot, monkeypatch
+):
+    monkeypatch.setattr(compact, "FAN", 2)
+    w = create()
+    w.append(snapshot(0))
+    w.commit()
+    real, steps = verify._segments, iter(range(1, 3))
+
+    def slow(catalog, full):
+        for step in steps:  # once: a merge removes what the first catalog names
+            w.append(snapshot(step))
+            w.commit()
+        return real(catalog, full)
+
+    monkeypatch.setattr(verify, "_segments", slow)
+    assert not store.check(w.path, full=True).damaged

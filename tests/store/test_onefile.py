@@ -250,3 +250,24 @@ def test_a_constructor_that_fails_leaves_nothing(path):
     with pytest.raises(Exception, match="nothing"):
         rs.Recorder(model(), path, layers="nothing", probe=torch.randn(2, 4))
     assert not path.parent.exists() or names(path) == []
+
+
+def test_a_resumed_run_that_was_killed_is_finished_too(path, snapshot, same):
+    record(path, snapshot, range(2)).close()
+    w = store.reopen(path)
+    w.append(snapshot(2))
+    w.commit()
+    w.abort()
+    assert names(path) == ["a.h5", "a.h5.rscope"]
+    store.pack(path, path)
+    assert names(path) == ["a.h5"]
+    check(path, snapshot, same, [0, 1, 2])
+
+
+def test_nothing_else_is_packed_where_a_run_will_be(path, snapshot, tmp_path):
+    record(tmp_path / "other", snapshot, range(2)).close()
+    w = record(path, snapshot, range(3))
+    with pytest.raises(StoreExists, match="a run that becomes"):
+        store.pack(tmp_path / "other", path)
+    w.close()
+    assert store.open(path).steps == [0, 1, 2]

@@ -11,7 +11,7 @@ import torch
 from repscope import store
 from repscope.errors import CorruptSegment, FormatTooNew, NotAStore, StoreLocked
 from repscope.snapshot import Snapshot
-from repscope.store import compact, manifest, rebuild, segment, writer
+from repscope.store import compact, files, manifest, rebuild, segment, writer
 
 
 def everything(path):
@@ -243,3 +243,80 @@ def test_a_forged_copy_is_not_believed(path):
         forged = manifest.encode(seq, json.loads(json.dumps({**body, **change})))
         file.write_bytes(data[:at] + forged)
         assert rebuild.carried(file) is None
+
+
+def test_a_merge_that_spans_a_rewind(create, snapshot, unchanged):
+    """What the rewind hid the merged batch says itself: it must not hide it twice."""
+    w = create()
+    for step in range(10):
+        w.append(snapshot(step))
+        w.progress = step
+        w.commit()
+    w.abort()
+    w = store.reopen(w.path, at=4)
+    for step in range(5, 12):
+        w.append(snapshot(step))
+        w.progress = step
+        w.commit()
+    assert any(b.level and b.frames[0] < 11 < b.frames[1] for b in w._batches)
+    w.close()
+    before = everything(w.path)
+    assert before[2] == list(range(12))
+    (w.path / "MANIFEST").unlink()
+    assert store.repair(w.path)["lost_frames"] == []
+    unchanged(w.path, before)
+
+
+def test_what_a_merge_left_behind_is_not_taken_twice(
+    create, snapshot, unchanged, monkeypatch
+):
+    """Killed before it removed the old segments; then the manifest is lost."""
+    monkeypatch.setattr(compact, "FAN", 3)
+    for notes in (1, 3):
+        w = create(f"run{notes}")
+        for number in range(notes):
+            w.annotate(number=number)
+            w.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "discard", lambda path: None)
+            for step in range(3):
+                w.append(snapshot(step))
+                w.progress = step
+                w.commit()
+        w.abort()
+        assert len(list((w.path / "segments").glob("0*"))) == 4
+        before = everything(w.path)
+        (w.path / "MANIFEST").unlink()
+        store.repair(w.path)
+        unchanged(w.path, before)
+
+
+def test_notes_that_spell_the_magic(create, snapshot, unchanged):
+    w = create(note="uses RSF1 frames", other="RSF1" * 9)
+    w.append(snapshot(0, tags=("RSF1",)))
+    w.close()
+    before = everything(w.path)
+    (w.path / "MANIFEST").unlink()
+    store.repair(w.path)
+    unchanged(w.path, before)
+
+
+def test_an_interruption_that_was_resumed_stays_forgotten(create, snapshot):
+    w = create()
+    w.append(snapshot(0))
+    w.annotate(interrupted="KeyboardInterrupt")
+    w.close()
+    w = store.reopen(w.path)
+    w.append(snapshot(1))
+    w.close()
+    assert "interrupted" not in store.open(w.path).meta
+    (w.path / "MANIFEST").unlink()
+    store.repair(w.path)
+    assert "interrupted" not in store.open(w.path).meta
+
+
+def test_a_repair_of_what_is_sound_writes_nothing(path):
+    before = (path / "MANIFEST").read_bytes()
+    for _ in range(2):
+        assert store.repair(path) == {}
+    assert (path / "MANIFEST").read_bytes() == before

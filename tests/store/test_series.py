@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def test_a_series_over_damage_is_an_error(run):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts by /proc")
 def test_few_files_stay_mapped_and_none_open(run, monkeypatch):
-    monkeypatch.setattr(chunks, "_MAPS", 2)
+    monkeypatch.setattr(chunks._maps, "most", 2)
     chunks._maps.clear()
     before = len(list(Path("/proc/self/fd").iterdir()))
     run.series("torch.float32", units=0)
@@ -189,3 +190,29 @@ def test_only_the_asked_bytes_are_copied(create):
     series = store.open(w.path).series("a", units=3)
     assert series.untyped_storage().nbytes() == 64 * 64 * 4
     assert np.all(series.numpy() == 1)
+
+
+def test_threads_may_share_a_run(run, monkeypatch):
+    monkeypatch.setattr(chunks._maps, "most", 1)
+    want = run.series("torch.float32", units=0)
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(run.series, "torch.float32", units=0) for _ in range(200)]
+        assert all(torch.equal(each.result(), want) for each in done)
+
+
+def test_a_file_too_large_for_a_private_map(run, monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("unable to mmap: Cannot allocate memory (12)")
+
+    want = run.series("torch.float32", units=0)
+    chunks._maps.clear()
+    monkeypatch.setattr(torch, "from_file", refused)
+    assert torch.equal(run.series("torch.float32", units=0), want)
+
+
+def test_a_script_may_change_its_folder(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(run.path.parent)
+    near = store.open(run.path.name)
+    monkeypatch.chdir("/")
+    assert near.read("torch.float32", 0).shape == (6, 5)
+    assert near.refresh().steps == run.steps

@@ -14,7 +14,7 @@ import torch
 from repscope import store
 from repscope.errors import CorruptSegment, StoreFull, StoreWriteError, UsageError
 from repscope.snapshot import Snapshot
-from repscope.store import manifest, wal
+from repscope.store import manifest, onefile, wal
 
 
 @pytest.fixture
@@ -293,3 +293,28 @@ def test_kills_lose_nothing_that_append_returned_from(tmp_path):
         for step in run.steps:
             g = torch.Generator().manual_seed(step)
             assert torch.equal(run.read("a", step), torch.randn(4, 8, generator=g))
+
+
+@pytest.mark.parametrize("how", ["packing", "closing frame"])
+def test_what_is_logged_after_a_close_that_failed_is_kept(
+    tmp_path, snapshot, same, monkeypatch, how
+):
+    """The closing frame may be there: a log from before it would not be read."""
+    path = tmp_path / ("run.h5" if how == "packing" else "run")
+    w = store.create(path, meta={}, durability="append")
+    w.append(snapshot(0))
+    w.commit()
+    with monkeypatch.context() as patch:
+        if how == "packing":
+            patch.setattr(onefile, "finish", lambda path: 1 / 0)
+        else:
+            patch.setattr(manifest, "_sync_data", lambda fd: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            w.close()
+    for step in (1, 2, 3):
+        w.append(snapshot(step))
+    assert w.acked_rows("outputs", "fc1") == 24
+    w._let_go()  # as a kill does
+    check(path, snapshot, same, [0, 1, 2, 3])
+    store.reopen(path).abort()
+    check(path, snapshot, same, [0, 1, 2, 3])

@@ -397,3 +397,21 @@ def test_an_interrupt_while_the_manifest_is_renewed(create, snapshot, monkeypatc
             w.commit()
     w.close()
     assert store.open(w.path).steps == [0]
+
+
+def test_an_interrupt_after_a_frame_is_durable_does_not_write_it_twice(
+    create, snapshot, monkeypatch
+):
+    w = create()
+    for step in range(3):
+        w.append(snapshot(step))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "Batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            w.commit()
+    w.close()
+    assert [seen.step for seen in store.open(w.path).snapshots()] == [0, 1, 2]
