@@ -16,7 +16,7 @@ demo: $(VENV)/.run ## compare SGD, AdamW and Shampoo on real data: runs/demo/rep
 	@$(BIN)/repscope demo --out runs/demo --jobs $(JOBS)
 
 test: $(VENV)/.dev ## the fast test suite (under 3 minutes on 2 cores)
-	@$(BIN)/pytest -q -m "not slow and not faults"
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not faults"
 
 test-slow: $(VENV)/.dev ## the slow tests
 	@$(BIN)/pytest -q -m slow

@@ -55,6 +55,7 @@ class Catalog:
         self.files: dict[int, int] = {}  # number -> bytes of every segment in use
         self.replaced: set[int] = set()
         self._batches: list[Batch] = []
+        self._newer: Catalog | None = None
         self._recorded: dict[StreamKey, tuple[Ints, Ints]] = {}
         self._packed = not path.is_dir()
         frames, logged = contents.read(path, trust=trust)
@@ -305,11 +306,12 @@ class Catalog:
                     f"{self.path} is gone: the run was packed into one file, moved or "
                     "removed since it was opened; refresh() it or open it again"
                 ) from None
-            now = Catalog(self.path, trust=self.trust)
+            now = self._newer or Catalog(self.path, trust=self.trust)
             moved = (now.files, now.n_logged) != (self.files, self.n_logged)
             if not moved or now.n_records < self.n_records:
                 raise
-            return read(now)
+            self._newer = now  # which may be old itself by the next read
+            return now._retried(read)
 
     def series(
         self, key: StreamKey, records: Sequence[int], units: slice | Ints
