@@ -23,7 +23,7 @@ from repscope.metrics.spectra import SPECTRUM_METRICS, spectra
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
 from repscope.snapshot import Snapshot
-from repscope.store import Run
+from repscope.store import ROW_TARGETS, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +48,8 @@ METRICS = (
     *CONTINUAL_METRICS,
     *SPARSITY_METRICS,
 )
+# Tensors in the shape of parameters: what is read of weights can be read of them.
+_OF_PARAMETERS = ("weights", "weight_gradients", "updates")
 # Activations held at once, in bytes, before their spectra are computed together.
 _BATCH_BYTES = 256 * 2**20
 
@@ -220,8 +222,9 @@ def _measure(runs: Sequence[Run], *, wanted: frozenset[str], layers: str) -> lis
         rows += _run_rows(run, wanted, next(place))
         for base, X, y in _streams(run, layers):
             base["place"] = next(place)
-            if base["target"] == "weights":
-                rows += _apply(WEIGHT_METRICS, wanted, base, X)
+            if base["target"] not in ROW_TARGETS:
+                if base["target"] in _OF_PARAMETERS:
+                    rows += _apply(WEIGHT_METRICS, wanted, base, X)
                 continue
             if wanted.intersection(SPECTRUM_METRICS):
                 waiting.append((base, X))
@@ -244,7 +247,7 @@ def _streams(run: Run, layers: str) -> Iterator[tuple[Row, Tensor, Tensor | None
                 "step": snapshot.step,
                 "layer": layer,
                 "target": target,
-                "n_samples": len(X) if target != "weights" else 0,
+                "n_samples": len(X) if target in ROW_TARGETS else 0,
                 "note": note,
             }
             labelled = target == "outputs"

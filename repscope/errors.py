@@ -117,6 +117,10 @@ class ForkedRecorder(CaptureError):
     """A recorder was used in a forked child process."""
 
 
+class MissingOptimizer(CaptureError, ValueError):
+    """A capture target needs ``optimizer=``."""
+
+
 class UnsupportedOutput(CaptureError, TypeError):
     """A layer returned something that cannot be recorded as rows."""
 

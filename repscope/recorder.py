@@ -26,6 +26,7 @@ from repscope.capture import (
     Schedule,
     Taken,
     Taps,
+    Updates,
     as_schedule,
     select,
 )
@@ -42,6 +43,7 @@ from repscope.errors import (
 from repscope.optim import describe
 from repscope.snapshot import Snapshot, StreamKey
 
+_IDLE_CALLS = 1000
 _VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "h5py")
 
 
@@ -57,7 +59,9 @@ class Recorder:
       ``k``, with the labels and the loss given to the `step()` that follows it.
       Forwards in eval mode or without gradients are passed over. Several
       micro-batches of one step become more rows.
-    * ``weights`` are those after ``k`` updates. A live run of ``n`` updates therefore
+    * ``weights`` and ``optimizer_state`` are those after ``k`` updates; the gradients
+      of step ``k`` are those at these weights, and its ``updates`` lead to ``k + 1``.
+      A live run of ``n`` updates therefore
       ends with outputs at ``n - 1`` and weights at ``n``.
 
     Rows: ``(N, D)`` as they are; maps of convolutions ``(N, C, *S)`` averaged over
@@ -75,12 +79,18 @@ class Recorder:
             whichever is there.
         layers: A glob over leaf modules, an exact name (containers too), a module
             type, a predicate ``(name, module) -> bool``, or a list of these.
-        capture: Targets: ``"outputs"`` of the selected layers, ``"weights"`` (every
-            parameter of the model).
+        capture: Targets. Of the selected layers: ``"outputs"``, ``"inputs"``, and
+            ``"output_gradients"`` (of training batches only, as autograd saw them:
+            under gradient scaling they are scaled). Of every parameter of the model:
+            ``"weights"``; and with ``optimizer=`` ``"weight_gradients"`` (as the
+            optimizer is given them: reduced over ranks, unscaled, clipped),
+            ``"updates"`` (what it did: the parameter after minus before) and
+            ``"optimizer_state"`` (every tensor it keeps).
         every: Steps between captures, or a schedule: `rs.every`, `rs.log_spaced`,
             `rs.at_steps`, or a function of the step. Step 0 is always captured.
         probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
-        optimizer: Its class and hyper-parameters are written into the store.
+        optimizer: Its updates are the steps, and its class and hyper-parameters are
+            written into the store.
         meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
         durability: ``"batch"`` makes the record durable every 10 s or 64 MiB;
             ``"append"`` every step before `step` returns (it then waits for the disk,
@@ -103,6 +113,7 @@ class Recorder:
         UnknownLayer: If a name or pattern matches nothing.
         LayerNeverFired: If a layer named exactly does not run on the probe.
         AlreadyAttached: If the model has a recorder.
+        MissingOptimizer: If a target needs ``optimizer=``.
         StoreExists: If something is at ``path``; it is left untouched.
         StoreLocked: If the run to resume is being recorded by somebody.
         ProbeMismatch: If the run to resume was recorded with another probe.
@@ -143,11 +154,17 @@ class Recorder:
     ) -> None:
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error is 'warn' or 'raise', got {on_error!r}")
-        self._targets = check_targets(capture)
+        self._targets = check_targets(capture, optimizer=optimizer)
         self._due = as_schedule(every)
         self._probe = as_probe(probe)
         self._on_error = on_error
-        chosen = select(model, layers) if "outputs" in self._targets else []
+        forward = [t for t in self._targets if TARGETS[t].moment == "forward"]
+        if self._probe is not None and "output_gradients" in forward:
+            raise UsageError(
+                "output_gradients come from the backward passes of training: leave "
+                "probe= out, or take them out of capture="
+            )
+        chosen = select(model, layers) if forward else []
         facts = dict(meta or {})
         facts["recorder"] = self._describe(chosen, optimizer)
 
@@ -158,7 +175,10 @@ class Recorder:
         self._model = weakref.ref(model)
         self._checked = not chosen
         self._closed = False
-        self._taps = Taps(model, chosen)
+        self._held = _Held()
+        self._updates: Updates | None = None
+        self._taps = Taps(model, chosen, targets=forward)
+        self.optimizer = optimizer
         try:
             self._writer, new = _writer(
                 Path(path),
@@ -168,14 +188,14 @@ class Recorder:
                 max_store_bytes=max_store_bytes,
             )
         except BaseException:
-            self._taps.detach()
+            self._detach()
             raise
         self.path = self._writer.one_file or self._writer.path
         try:
             self._start(new)
         except BaseException:
             # Nothing half-written stays behind a constructor that failed.
-            self._taps.detach()
+            self._detach()
             (self._writer.discard if new else self._writer.abort)()
             raise
         # Runs when the recorder is dropped or the program ends without close(). Not by
@@ -200,7 +220,33 @@ class Recorder:
         self._follow()
 
     def _looks_at(self, target: str) -> bool:
-        return TARGETS[target] is not None or self._probe is not None
+        moment = TARGETS[target].moment
+        return moment == "state" or (moment == "forward" and self._probe is not None)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose updates are the steps, or None: then calls of `step` are.
+
+        Set it when training makes a new one.
+        """
+        return None if self._optimizer is None else self._optimizer()
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if self._updates is not None:
+            self._updates.detach()
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        model = self._model()
+        if optimizer is None or model is None:
+            self._updates = None
+            return
+        self._updates = Updates(model, optimizer, self._targets, taps=self._taps)
+        self._updates.due = self._due_now
+
+    def _detach(self) -> None:
+        self._taps.detach()
+        if self._updates is not None:
+            self._updates.detach()
 
     def _add(self, snapshot: Snapshot) -> None:
         """Record a snapshot, without what a resumed store has of this step."""
@@ -238,7 +284,12 @@ class Recorder:
         labels: Any = None,
         **scalars: Tensor | float,
     ) -> None:
-        """Tell the recorder that one optimizer update is done.
+        """Tell the recorder that one iteration of training is done.
+
+        With ``optimizer=`` a step is an update of that optimizer: calls after which it
+        made none (gradient accumulation, a step that gradient scaling skipped) belong
+        to the same step, whose loss is the mean of theirs and whose rows and labels are
+        all of theirs. Without, every call is a step.
 
         Args:
             loss: The loss of the forward before this update: it belongs to the step
@@ -254,18 +305,24 @@ class Recorder:
         if self._closed:
             raise ClosedStore(f"step() after close() of the recorder at {self.path}")
         before = self.step_number
-        self.step_number += 1
-        if self.error is not None:
-            return
         try:
+            done, streams = 1, dict[StreamKey, Tensor]()
+            if self._updates is not None:
+                done, streams = self._updates.drain()
+            self.step_number += done
+            if self.error is not None:
+                return
+            self._held.add(loss, labels, _detached(scalars))
+            if not done:
+                self._held.warn_if_idle()
+                return
+            loss, labels, scalars = self._held.drain()
             self._writer.progress = self.step_number
-            self._finish_forward(before, loss, labels)
+            self._finish_forward(before, loss, labels, streams)
             self._due_now = self._due(self.step_number)  # asked once a step
             streams, y = self._look() if self._due_now else ({}, None)
             if streams or scalars:
-                self._writer.append(
-                    Snapshot(self.step_number, streams, y, _detached(scalars))
-                )
+                self._writer.append(Snapshot(self.step_number, streams, y, scalars))
             self._follow()
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
             self._fail(error)
@@ -317,7 +374,7 @@ class Recorder:
         """  # noqa: DOC502 - re-raised as it was
         if self._closed:
             return
-        self._taps.detach()
+        self._detach()
         self._writer.close()  # may raise on a full disk: then close() can be retried
         self._closed = True
         self._finalizer.detach()
@@ -359,34 +416,43 @@ class Recorder:
             )
         streams: dict[StreamKey, Tensor] = {}
         probe = self._probe
-        if probe is not None and "outputs" in self._targets:
+        if probe is not None and self._sees_forwards:
             with self._taps.collecting():
                 probe.run(model, before=self._taps.begin)
                 taken = self._taps.drain()
             self._check_fired()
             streams |= self._outputs(taken)
         for target in self._targets:
-            reader = TARGETS[target]
-            if reader is not None:
-                streams |= {(target, n): v for n, v in reader(model).items()}
+            kind = TARGETS[target]
+            if kind.moment == "state" and kind.read is not None:
+                found = kind.read(model, self.optimizer)
+                streams |= {(target, name): value for name, value in found.items()}
         return streams, None if probe is None else probe.labels
 
     def _follow(self) -> None:
-        live = self._probe is None and "outputs" in self._targets
+        live = self._probe is None and self._sees_forwards
         self._taps.follow_training(live and self._due_now)
+        if self._updates is not None:
+            self._updates.due = self._due_now
+
+    @property
+    def _sees_forwards(self) -> bool:
+        return any(TARGETS[target].moment == "forward" for target in self._targets)
 
     def _finish_forward(
-        self, step: int, loss: Tensor | float | None, labels: Any
+        self,
+        step: int,
+        loss: Tensor | float | None,
+        labels: Any,
+        streams: dict[StreamKey, Tensor],
     ) -> None:
-        """Record what the training forward at ``step`` left in the hooks."""
-        streams: dict[StreamKey, Tensor] = {}
+        """Record what the training forward and the update at ``step`` left."""
         y: Tensor | None = None
         if self._probe is None:
-            watched = self._taps.on
             taken = self._taps.drain()
-            if watched:
+            if self._due_now and self._sees_forwards:
                 self._check_fired()
-            streams = self._outputs(taken)
+            streams = self._outputs(taken) | streams
             if streams and labels is not None:
                 n, cpu = taken.n_examples, torch.device("cpu")
                 y = as_labels(labels, n_samples=n, device=cpu)
@@ -399,7 +465,7 @@ class Recorder:
         if not taken.unlabelled <= self._unlabelled:
             self._unlabelled |= taken.unlabelled
             self._writer.annotate(unlabelled=sorted(self._unlabelled))
-        return {("outputs", name): value for name, value in taken.rows.items()}
+        return dict(taken.rows)
 
     def _check_fired(self) -> None:
         if self._checked:
@@ -418,7 +484,7 @@ class Recorder:
 
     def _fail(self, error: Exception) -> None:
         self.error = error
-        self._taps.detach()
+        self._detach()
         if self._on_error == "raise":
             raise error
         warnings.warn(
@@ -428,6 +494,50 @@ class Recorder:
             RepScopeWarning,
             stacklevel=3,
         )
+
+
+class _Held:
+    """What `Recorder.step` was told since the last update of the optimizer."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor | float] = []
+        self._labels: list[Any] = []
+        self._scalars: dict[str, Tensor | float] = {}
+        self._idle = 0
+
+    def add(
+        self,
+        loss: Tensor | float | None,
+        labels: Any,
+        scalars: dict[str, Tensor | float],
+    ) -> None:
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        if labels is not None:
+            self._labels.append(labels)
+        self._scalars |= scalars
+
+    def drain(self) -> tuple[Tensor | float | None, Any, dict[str, Tensor | float]]:
+        """Return the mean loss, all labels and the latest scalars, and keep nothing."""
+        losses, labels, scalars = self._losses, self._labels, self._scalars
+        self._losses, self._labels, self._scalars, self._idle = [], [], {}, 0
+        loss: Tensor | float | None = losses[0] if losses else None
+        if len(losses) > 1:
+            loss = sum(losses[1:], losses[0]) / len(losses)  # on the device they are on
+        if len(labels) > 1:
+            return loss, torch.cat([torch.as_tensor(y) for y in labels]), scalars
+        return loss, labels[0] if labels else None, scalars
+
+    def warn_if_idle(self) -> None:
+        self._idle += 1
+        if self._idle == _IDLE_CALLS:
+            warnings.warn(
+                f"step() was called {_IDLE_CALLS} times and the optimizer given to the "
+                "recorder made no update in between, so that the step number stands "
+                "still. If training made a new optimizer, set recorder.optimizer to it",
+                RepScopeWarning,
+                stacklevel=4,
+            )
 
 
 def _close_abandoned(taps: Taps, writer: store.Writer, pid: int) -> None:

@@ -10,7 +10,8 @@ from repscope.capture.schedules import (
     log_spaced,
 )
 from repscope.capture.selection import Selected, layers, select
-from repscope.capture.targets import TARGETS
+from repscope.capture.targets import TARGETS, Target
+from repscope.capture.updates import Updates
 
 __all__ = [
     "TARGETS",
@@ -19,6 +20,8 @@ __all__ = [
     "Selected",
     "Taken",
     "Taps",
+    "Target",
+    "Updates",
     "as_schedule",
     "at_steps",
     "every",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from repscope.capture.rows import concatenate, has_channels_first, leaves, to_rows
 from repscope.capture.selection import Selected, named_modules
 from repscope.errors import AlreadyAttached, LayerNeverFired
+from repscope.snapshot import StreamKey
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -24,12 +25,13 @@ class Taken:
     """What the hooks copied since they were last asked.
 
     Attributes:
-        rows: Stream name -> rows ``(n_rows, n_features)`` on the CPU.
+        rows: ``(target, name)`` -> rows ``(n_rows, n_features)`` on the CPU.
         n_examples: Examples that went through the model.
-        unlabelled: Streams whose rows do not follow the order of the examples.
+        unlabelled: Streams of outputs whose rows do not follow the order of the
+            examples.
     """
 
-    rows: Mapping[str, Tensor]
+    rows: Mapping[StreamKey, Tensor]
     n_examples: int
     unlabelled: frozenset[str]
 
@@ -40,8 +42,10 @@ class _Forward:
 
     n: int | None
     by_root: bool = False
-    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    rows: dict[StreamKey, list[Tensor | None]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    calls: dict[StreamKey, int] = field(default_factory=lambda: defaultdict(int))
     seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     maps: set[torch.Size] = field(default_factory=set)
     unlabelled: set[str] = field(default_factory=set)
@@ -50,19 +54,65 @@ class _Forward:
     def n_examples(self) -> int:
         return next(iter(self.seen.values()), 0) if self.n is None else self.n
 
-    def take(self, layer: str, module: nn.Module, output: object) -> None:
-        call = self.calls[layer]
-        self.calls[layer] += 1
+    def take(
+        self,
+        target: str,
+        layer: str,
+        module: nn.Module,
+        value: object,
+        *,
+        keep: bool,
+        gradients: bool,
+    ) -> None:
+        """Look at what a layer was given or returned.
+
+        Args:
+            target: ``"inputs"`` or ``"outputs"``.
+            layer: Name of the layer.
+            module: The layer.
+            value: What it was given or returned.
+            keep: Copy it.
+            gradients: Copy its gradient once there is one.
+        """
+        call = self.calls[target, layer]
+        self.calls[target, layer] += 1
         stream = f"{layer}@{call}" if call else layer
-        for path, leaf in leaves(output, layer=layer):
+        for path, leaf in leaves(value, layer=layer):
             name = f"{stream}:{path}" if path else stream
-            value, ordered = _examples_first(leaf.detach(), module, self.n)
-            first = has_channels_first(value, module, maps=self.maps)
-            rows = to_rows(value, channels_first=first)
-            self.rows[name].append(_own(rows, leaf))
-            self.seen[name] += len(value) if value.ndim else 1
-            if not ordered:
-                self.unlabelled.add(name)
+            rows, n_examples, ordered = self._rows(module, leaf.detach())
+            if keep:
+                self.rows[target, name].append(_own(rows, leaf))
+            if target == "outputs":
+                self.seen[name] += n_examples
+                if not ordered:
+                    self.unlabelled.add(name)
+            if gradients and leaf.requires_grad:
+                self._ask(name, module, leaf)
+
+    def _rows(self, module: nn.Module, leaf: Tensor) -> tuple[Tensor, int, bool]:
+        """Return rows, how many examples they are of, and whether in their order."""
+        value, ordered = _examples_first(leaf, module, self.n)
+        first = has_channels_first(value, module, maps=self.maps)
+        rows = to_rows(value, channels_first=first)
+        return rows, len(value) if value.ndim else 1, ordered
+
+    def _ask(self, name: str, module: nn.Module, leaf: Tensor) -> None:
+        """Let the backward pass fill a place that is in the order of the forwards.
+
+        A hook on the tensor, before anything works on it in place, gives the gradient
+        of the value that was returned. Several backward passes add up, as they do in
+        the gradients of the parameters.
+        """
+        places = self.rows["output_gradients", name]
+        index = len(places)
+        places.append(None)
+
+        def fill(gradient: Tensor) -> None:
+            rows, *_ = self._rows(module, gradient.detach())
+            before = places[index]
+            places[index] = _own(rows, gradient) if before is None else before + rows
+
+        leaf.register_hook(fill)
 
 
 def _examples_first(
@@ -105,7 +155,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.taps.on:
-            self.taps._take(self.layer, module, output)
+            self.taps._take("outputs", self.layer, module, output)
 
     # A deep copy (a moving average of the weights, say) or a pickle of the model
     # must neither fail nor record into our buffers.
@@ -114,6 +164,14 @@ class _Hook:
 
     def __reduce__(self) -> tuple[object, tuple[()]]:
         return _stand_in, ()
+
+
+class _Before(_Hook):
+    """Copies what a layer is given, before the layer can work on it in place."""
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        if self.taps.on:
+            self.taps._take("inputs", self.layer, module, _one(args, kwargs))
 
 
 class _Witness(_Hook):
@@ -146,12 +204,19 @@ class Taps:
     Args:
         model: The model to attach to.
         chosen: Layers to copy from.
+        targets: What to copy, of the targets whose moment is ``"forward"``.
 
     Raises:
         AlreadyAttached: If another recorder is attached to ``model``.
     """
 
-    def __init__(self, model: nn.Module, chosen: Sequence[Selected]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Sequence[Selected],
+        *,
+        targets: Collection[str] = ("outputs",),
+    ) -> None:
         if model in _attached:
             raise AlreadyAttached(
                 "this model already has a recorder; close() it first, or record "
@@ -162,16 +227,25 @@ class Taps:
         self.error: Exception | None = None
         self._model = weakref.ref(model)
         self._chosen = {item.name: item for item in chosen}
+        self._targets = frozenset(targets)
         self._done: list[_Forward] = []
         self._open: _Forward | None = None
+        self._inside: int | None = None  # forwards since the optimizer began to step
         self._ran: set[str] = set()
         self._handles = self._attach(model)
         self._witnesses = self._watch_parents(model)
         _attached.add(model)
 
     def _attach(self, model: nn.Module) -> list[RemovableHandle]:
+        before = self._chosen if "inputs" in self._targets else {}
         return [
             model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
+            *(
+                item.module.register_forward_pre_hook(
+                    _Before(self, name), with_kwargs=True
+                )
+                for name, item in before.items()
+            ),
             *(
                 item.module.register_forward_hook(_Hook(self, name))
                 for name, item in self._chosen.items()
@@ -192,14 +266,21 @@ class Taps:
         ]
 
     # -- called by the hooks --------------------------------------------------
-    def _take(self, layer: str, module: nn.Module, output: object) -> None:
+    def _take(self, target: str, layer: str, module: nn.Module, value: object) -> None:
         if self.training_only and not self._is_training():
             return
         self._ran.add(layer)
         if self._open is None:
             self._open = _Forward(n=None)
         try:
-            self._open.take(layer, module, output)
+            self._open.take(
+                target,
+                layer,
+                module,
+                value,
+                keep=target in self._targets,
+                gradients=target == "outputs" and "output_gradients" in self._targets,
+            )
         except Exception as error:  # noqa: BLE001 - a hook must never break a forward
             self.error = self.error or error
             self.on = False
@@ -211,6 +292,11 @@ class Taps:
 
     def _root_begins(self, args: object, kwargs: object) -> None:
         if self.training_only and self._is_training():
+            if self._inside is not None:
+                self._inside += 1
+                if self._inside > 1:
+                    self.pause()
+                    return
             self._settle()
             self._open = _Forward(n=_n_examples(args, kwargs), by_root=True)
 
@@ -251,6 +337,18 @@ class Taps:
         """Copy (or stop copying) the training forwards that come next."""
         self.on, self.training_only = due and self.error is None, True
 
+    def pause(self) -> None:
+        """Copy no more forwards until `follow_training` says so; keep what there is."""
+        self.on = False
+        self._inside = None
+
+    def enter_update(self) -> None:
+        """Say that the optimizer steps: of the forwards of a closure the first counts.
+
+        It runs at the parameters of this step, the later ones at trial points.
+        """
+        self._inside = 0
+
     def forget(self) -> None:
         """Drop what was copied."""
         self._done, self._open = [], None
@@ -266,12 +364,12 @@ class Taps:
         self.forget()
         if self.error is not None:
             raise self.error
-        parts: dict[str, list[Tensor]] = defaultdict(list)
+        parts: dict[StreamKey, list[Tensor]] = defaultdict(list)
         for forward in done:
-            for name, rows in forward.rows.items():
-                parts[name] += rows
+            for key, rows in forward.rows.items():
+                parts[key] += [each for each in rows if each is not None]
         return Taken(
-            {name: concatenate(rows) for name, rows in parts.items()},
+            {key: concatenate(rows) for key, rows in parts.items() if rows},
             sum(forward.n_examples for forward in done),
             frozenset().union(*(forward.unlabelled for forward in done)),
         )
@@ -324,6 +422,15 @@ class Taps:
         model = self._model()
         if model is not None:
             _attached.discard(model)
+
+
+def _one(args: object, kwargs: object) -> object:
+    """Return what a module was called with, as the one value it usually is."""
+    given = args if isinstance(args, tuple) else ()
+    if not kwargs:
+        return given[0] if len(given) == 1 else given
+    positional = {str(i): value for i, value in enumerate(given)}
+    return {**positional, **(kwargs if isinstance(kwargs, dict) else {})}
 
 
 def _n_examples(args: object, kwargs: object) -> int | None:

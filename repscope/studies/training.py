@@ -90,6 +90,8 @@ class Session:
         """Start the optimizer again with empty state."""
         parameters = self.model.parameters()
         self.optimizer = make(self.config.optimizer, parameters, **self.config.hyper)
+        if hasattr(self, "recorder"):
+            self.recorder.optimizer = self.optimizer
 
     def _batches(self, number: int) -> Iterator[tuple[Task, Tensor]]:
         # A stream for each task: when an optimizer stops one early, the next task

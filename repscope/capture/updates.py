@@ -1,0 +1,152 @@
+"""Watch an optimizer: count its updates, and see what each of them did."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from repscope.capture.hooks import Taps
+from repscope.capture.targets import TARGETS, parameters
+from repscope.snapshot import StreamKey
+
+
+class Updates:
+    """Counts the updates of an optimizer, and copies what the first of them did.
+
+    A step that gradient scaling skips is none; one call of ``step(closure)`` is one.
+
+    Args:
+        model: The model that is trained.
+        optimizer: Its optimizer; only weakly referenced.
+        targets: What to copy, of the targets whose moment is ``"update"``.
+        taps: The hooks of the forwards; those after the first update are of a later
+            step.
+
+    Attributes:
+        due: Whether the next update is to be copied.
+        error: The first error met inside a hook, which must not break the training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        targets: Collection[str],
+        *,
+        taps: Taps,
+    ) -> None:
+        self.due = False
+        self.error: Exception | None = None
+        self._taps = taps
+        self._model = weakref.ref(model)
+        self._targets = [name for name in targets if TARGETS[name].moment == "update"]
+        self._count = 0
+        self._before: dict[str, Tensor] = {}
+        self._streams: dict[StreamKey, Tensor] = {}
+        me = weakref.ref(self)
+
+        def before(_: Optimizer, args: Any, kwargs: Any) -> Any:
+            watcher = me()
+            return None if watcher is None else watcher._begin(args, kwargs)
+
+        def after(*_: Any) -> None:
+            watcher = me()
+            if watcher is not None:
+                watcher._end()
+
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+
+    def drain(self) -> tuple[int, dict[StreamKey, Tensor]]:
+        """Return how many updates there were since the last drain, and what was copied.
+
+        Raises:
+            Exception: The first error a hook met.
+        """  # noqa: DOC502 - re-raised as it was
+        count, streams = self._count, self._streams
+        self._count, self._streams, self._before = 0, {}, {}
+        if self.error is not None:
+            raise self.error
+        return count, streams
+
+    def detach(self) -> None:
+        """Remove the hooks; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+
+    # -- called by the hooks -------------------------------------------------
+    def _begin(self, args: Any, kwargs: Any) -> Any:
+        """Copy what is there before an update.
+
+        Returns:
+            New arguments of ``step`` if a closure has to be watched: its gradients
+            are there only once it has run.
+        """
+        model = self._model()
+        if self._count or model is None:
+            return None
+        self._taps.enter_update()
+        if not self.due or not self._targets:
+            return None
+        try:
+            if "updates" in self._targets:
+                now = parameters(model).items()
+                self._before = {name: value.detach().clone() for name, value in now}
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                self._read(model)
+                return None
+            return self._watched(closure, model, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - a hook must never break a step
+            self.error = self.error or error
+            return None
+
+    def _watched(
+        self, closure: Callable[[], Any], model: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Return arguments whose closure lets us look after its first run."""
+        runs = [0]
+
+        def watched() -> Any:
+            result = closure()
+            runs[0] += 1
+            if runs[0] == 1:
+                try:
+                    self._read(model)
+                except Exception as error:  # noqa: BLE001 - as above
+                    self.error = self.error or error
+            return result
+
+        if len(args) > 1:  # the first is the optimizer
+            return (args[0], watched, *args[2:]), kwargs
+        return args, {**kwargs, "closure": watched}
+
+    def _read(self, model: nn.Module) -> None:
+        for target in self._targets:
+            if (read := TARGETS[target].read) is not None:
+                found = read(model, None).items()
+                self._streams |= {(target, name): value for name, value in found}
+
+    def _end(self) -> None:
+        self._count += 1
+        self._taps.pause()
+        model = self._model()
+        if self._count > 1 or model is None:
+            return
+        try:
+            with torch.no_grad():
+                now = parameters(model) if self._before else {}
+                for name, value in now.items():
+                    step = (value - self._before[name]).cpu()
+                    self._streams["updates", name] = step
+        except Exception as error:  # noqa: BLE001 - a hook must never break a step
+            self.error = self.error or error
+        self._before = {}
