@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from repscope import __version__, store
-from repscope._checks import as_labels
+from repscope._checks import as_labels, check_choice
 from repscope.capture import (
+    REDUCTIONS,
     TARGETS,
     Probe,
     Schedule,
@@ -43,6 +44,7 @@ from repscope.errors import (
 from repscope.optim import describe
 from repscope.snapshot import Snapshot, StreamKey
 
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _IDLE_CALLS = 1000
 _VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "h5py")
 
@@ -89,6 +91,15 @@ class Recorder:
         every: Steps between captures, or a schedule: `rs.every`, `rs.log_spaced`,
             `rs.at_steps`, or a function of the step. Step 0 is always captured.
         probe: ``(inputs, labels)`` or `rs.Probe`; ``None`` records training batches.
+        reduce: How values of three and more dimensions become rows. ``"auto"`` averages
+            maps over space and takes tokens one by one; ``"pool"`` averages both,
+            ``"positions"`` takes every position of a map, ``"tokens"`` reads the last
+            dimension as features whatever the layer, ``"flatten"`` makes one row an
+            example.
+        dtype: What activations and their gradients are recorded in: ``"float32"``,
+            ``"float16"`` (beyond 65504 it is infinite), ``"bfloat16"``, ``"float64"``;
+            ``None`` keeps what each layer returned, bit for bit. Weights, their
+            gradients and updates always keep theirs.
         optimizer: Its updates are the steps, and its class and hyper-parameters are
             written into the store.
         meta: Facts about the run, such as ``{"seed": 0, "optimizer": "sgd"}``.
@@ -145,6 +156,8 @@ class Recorder:
         capture: str | tuple[str, ...] | list[str] = ("outputs",),
         every: int | Schedule = 100,
         probe: Probe | tuple[Any, Any] | Tensor | None = None,
+        reduce: str = "auto",
+        dtype: str | torch.dtype | None = "float32",
         optimizer: torch.optim.Optimizer | None = None,
         meta: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
@@ -164,9 +177,14 @@ class Recorder:
                 "output_gradients come from the backward passes of training: leave "
                 "probe= out, or take them out of capture="
             )
+        check_choice(reduce, REDUCTIONS, name="reduce")
+        dtype = _as_dtype(dtype)
         chosen = select(model, layers) if forward else []
         facts = dict(meta or {})
-        facts["recorder"] = self._describe(chosen, optimizer)
+        facts["recorder"] = self._describe(chosen, optimizer) | {
+            "reduce": reduce,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        }
 
         self.error: Exception | None = None
         self.step_number = 0
@@ -177,7 +195,7 @@ class Recorder:
         self._closed = False
         self._held = _Held()
         self._updates: Updates | None = None
-        self._taps = Taps(model, chosen, targets=forward)
+        self._taps = Taps(model, chosen, targets=forward, reduce=reduce, dtype=dtype)
         self.optimizer = optimizer
         try:
             self._writer, new = _writer(
@@ -599,12 +617,28 @@ def _check_same(run: store.Run, now: Mapping[str, Any]) -> None:
             f"{run.path} was recorded on {_inputs(was)}, not on {_inputs(now)}: one "
             "run has one probe; give the same, or record into a new store"
         )
+    for what in ("reduce", "dtype"):
+        if was.get(what, now[what]) != now[what]:
+            raise UsageError(
+                f"{run.path} was recorded with {what}={was[what]!r}, not "
+                f"{now[what]!r}; give the same, or record into a new store"
+            )
     for what in ("layers", "targets"):
         if sorted(was.get(what, ())) != sorted(now[what]):
             raise UsageError(
                 f"{run.path} was recorded with {what} {sorted(was.get(what, ()))}, not "
                 f"{sorted(now[what])}; select the same, or record into a new store"
             )
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a dtype that rows can be recorded in, or refuse it."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    check_choice(name, _DTYPES, name="dtype")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _inputs(facts: Mapping[str, Any]) -> str:

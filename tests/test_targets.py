@@ -427,3 +427,80 @@ def test_no_gradient_no_stream(tmp_path):
     assert ("output_gradients", "1") in streams
     assert ("output_gradients", "0") not in streams
     assert ("weight_gradients", "0.weight") not in streams
+
+
+# -- rows ---------------------------------------------------------------------------
+def conv():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "shape"),
+    [
+        ("auto", (5, 3)),
+        ("positions", (20, 3)),
+        ("flatten", (5, 12)),
+        ("tokens", (30, 2)),
+    ],
+)
+def test_reduce_decides_what_a_row_is(tmp_path, reduce, shape):
+    x, y = torch.randn(5, 1, 3, 3), torch.tensor([0, 1, 0, 1, 2])
+    model = conv()
+    with rs.Recorder(model, tmp_path / "run", probe=(x, y), reduce=reduce):
+        pass
+    run = rs.open(tmp_path / "run")
+    assert run.meta["recorder"]["reduce"] == reduce
+    assert run.read("0").shape == run.read("1").shape == shape
+    assert run.read("3").shape == (5, 2)
+    table = rs.measure(run, metrics=["class_cosine"], layers="0")
+    assert table["n_samples"].item() == shape[0]
+    assert table["value"].notna().all()  # positions take the label of their example
+    if reduce == "positions":
+        want = model[0](x).permute(0, 2, 3, 1).reshape(20, 3)
+        assert torch.equal(run.read("0"), want.detach())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        ("float64", torch.float64),
+        (None, torch.bfloat16),
+    ],
+)
+def test_dtype_of_what_is_recorded(tmp_path, dtype, stored):
+    """Under autocast layers return bfloat16: float32 holds it exactly."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, kept = batch()[0], []
+    model[0].register_forward_hook(lambda m, a, out: kept.append(out.detach().clone()))
+    with record(tmp_path / "run", model, optimizer, dtype=dtype) as recorder:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().sum()
+        loss.backward()
+        optimizer.step()
+        recorder.step()
+    run = rs.open(tmp_path / "run")
+    assert kept[0].dtype == torch.bfloat16
+    got = run.read("0", 0)
+    assert got.dtype == run.read("0", 0, target="output_gradients").dtype == stored
+    assert torch.equal(got, kept[0].to(stored))
+    for target in ("weights", "updates", "weight_gradients"):
+        assert run.read("0.weight", 0, target=target).dtype == torch.float32
+
+
+def test_rows_in_another_form_are_refused_on_resume(tmp_path):
+    x = torch.randn(5, 1, 3, 3)
+    model = conv()
+    rs.Recorder(model, tmp_path / "run", probe=x).close()
+    for option in ({"reduce": "flatten"}, {"dtype": "float16"}):
+        with pytest.raises(UsageError, match="give the same"):
+            rs.Recorder(model, tmp_path / "run", probe=x, resume=True, **option)
+    rs.Recorder(model, tmp_path / "run", probe=x, resume=True).close()
+    for option in ({"reduce": "flaten"}, {"dtype": "float23"}, {"dtype": torch.int8}):
+        with pytest.raises(UsageError, match="is not one of"):
+            rs.Recorder(model, tmp_path / "new", probe=x, **option)
+    assert not (tmp_path / "new").exists()

@@ -2,6 +2,7 @@
 
 from repscope.capture.hooks import Taken, Taps
 from repscope.capture.probe import Probe
+from repscope.capture.rows import REDUCTIONS
 from repscope.capture.schedules import (
     Schedule,
     as_schedule,
@@ -14,6 +15,7 @@ from repscope.capture.targets import TARGETS, Target
 from repscope.capture.updates import Updates
 
 __all__ = [
+    "REDUCTIONS",
     "TARGETS",
     "Probe",
     "Schedule",

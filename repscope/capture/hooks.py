@@ -41,6 +41,7 @@ class _Forward:
     """One forward of the whole model (or calls of its parts, when ``n`` is unknown)."""
 
     n: int | None
+    taps: Taps
     by_root: bool = False
     rows: dict[StreamKey, list[Tensor | None]] = field(
         default_factory=lambda: defaultdict(list)
@@ -81,7 +82,7 @@ class _Forward:
             name = f"{stream}:{path}" if path else stream
             rows, n_examples, ordered = self._rows(module, leaf.detach())
             if keep:
-                self.rows[target, name].append(_own(rows, leaf))
+                self.rows[target, name].append(self._own(rows, leaf))
             if target == "outputs":
                 self.seen[name] += n_examples
                 if not ordered:
@@ -93,8 +94,15 @@ class _Forward:
         """Return rows, how many examples they are of, and whether in their order."""
         value, ordered = _examples_first(leaf, module, self.n)
         first = has_channels_first(value, module, maps=self.maps)
-        rows = to_rows(value, channels_first=first)
+        rows = to_rows(value, channels_first=first, how=self.taps.reduce)
         return rows, len(value) if value.ndim else 1, ordered
+
+    def _own(self, rows: Tensor, leaf: Tensor) -> Tensor:
+        """Return ``rows`` in memory of their own: an in-place layer may follow."""
+        if self.taps.dtype is not None and rows.dtype != self.taps.dtype:
+            return rows.to(self.taps.dtype)
+        shared = rows.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+        return rows.clone() if shared else rows
 
     def _ask(self, name: str, module: nn.Module, leaf: Tensor) -> None:
         """Let the backward pass fill a place that is in the order of the forwards.
@@ -109,8 +117,8 @@ class _Forward:
 
         def fill(gradient: Tensor) -> None:
             rows, *_ = self._rows(module, gradient.detach())
-            before = places[index]
-            places[index] = _own(rows, gradient) if before is None else before + rows
+            own, before = self._own(rows, gradient), places[index]
+            places[index] = own if before is None else before + own
 
         leaf.register_hook(fill)
 
@@ -130,12 +138,6 @@ def _examples_first(
     if second and (time_first or leaf.shape[0] != n):
         return leaf.transpose(0, 1), True
     return leaf, leaf.shape[0] == n
-
-
-def _own(rows: Tensor, leaf: Tensor) -> Tensor:
-    """Return ``rows`` in memory of their own: an in-place layer may follow."""
-    shared = rows.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
-    return rows.clone() if shared else rows
 
 
 def _inert(*_: object) -> None:
@@ -205,6 +207,8 @@ class Taps:
         model: The model to attach to.
         chosen: Layers to copy from.
         targets: What to copy, of the targets whose moment is ``"forward"``.
+        reduce: How values become rows, one of `REDUCTIONS`.
+        dtype: What rows are recorded in; None keeps what the layer returned.
 
     Raises:
         AlreadyAttached: If another recorder is attached to ``model``.
@@ -216,6 +220,8 @@ class Taps:
         chosen: Sequence[Selected],
         *,
         targets: Collection[str] = ("outputs",),
+        reduce: str = "auto",
+        dtype: torch.dtype | None = None,
     ) -> None:
         if model in _attached:
             raise AlreadyAttached(
@@ -228,6 +234,7 @@ class Taps:
         self._model = weakref.ref(model)
         self._chosen = {item.name: item for item in chosen}
         self._targets = frozenset(targets)
+        self.reduce, self.dtype = reduce, dtype
         self._done: list[_Forward] = []
         self._open: _Forward | None = None
         self._inside: int | None = None  # forwards since the optimizer began to step
@@ -271,7 +278,7 @@ class Taps:
             return
         self._ran.add(layer)
         if self._open is None:
-            self._open = _Forward(n=None)
+            self._open = _Forward(n=None, taps=self)
         try:
             self._open.take(
                 target,
@@ -298,7 +305,7 @@ class Taps:
                     self.pause()
                     return
             self._settle()
-            self._open = _Forward(n=_n_examples(args, kwargs), by_root=True)
+            self._open = _Forward(n=_n_examples(args, kwargs), taps=self, by_root=True)
 
     def _root_ends(self) -> None:
         if self.training_only and not self._is_training():
@@ -331,7 +338,7 @@ class Taps:
     def begin(self, n: int) -> None:
         """Say that a forward of ``n`` examples comes next, whichever part it calls."""
         self._settle()
-        self._open = _Forward(n=n)
+        self._open = _Forward(n=n, taps=self)
 
     def follow_training(self, due: bool) -> None:
         """Copy (or stop copying) the training forwards that come next."""

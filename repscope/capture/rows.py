@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from repscope.errors import UnsupportedOutput
 
+REDUCTIONS = ("auto", "pool", "positions", "tokens", "flatten")
+"""How values of more than two dimensions become rows: see `to_rows`."""
+
 # Outputs of these have channels second also when they are three-dimensional.
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd,
@@ -94,22 +97,36 @@ def has_channels_first(
     return known or value.ndim > 3
 
 
-def to_rows(value: Tensor, *, channels_first: bool) -> Tensor:
-    """Return ``value`` as rows ``(n_samples, n_features)``.
+def to_rows(value: Tensor, *, channels_first: bool, how: str = "auto") -> Tensor:
+    """Return ``value`` as rows ``(n_rows, n_features)``.
 
-    ``(N, D)`` stays as it is; maps ``(N, C, *S)`` are averaged over space ``S``; other
-    values ``(N, *T, D)`` are tokens, one row each; ``(N,)`` becomes one column.
+    ``(N, D)`` stays as it is and ``(N,)`` becomes one column. What has more dimensions
+    is a map ``(N, C, *S)`` or tokens ``(N, *T, D)``:
+
+    ============= ==================================== ==============================
+    ``how``       maps                                 tokens
+    ============= ==================================== ==============================
+    ``auto``      ``(N, C)``, the mean over space      ``(N * T, D)``, one row each
+    ``pool``      ``(N, C)``, the mean over space      ``(N, D)``, the mean over time
+    ``positions`` ``(N * S, C)``, one row a position   ``(N * T, D)``
+    ``tokens``    ``(N * C * ..., S)``, the last       ``(N * T, D)``
+                  dimension as features
+    ``flatten``   ``(N, C * S)``                       ``(N, T * D)``
+    ============= ==================================== ==============================
 
     Args:
         value: One output tensor of a layer.
-        channels_first: How three and more dimensions are read.
+        channels_first: Whether three and more dimensions are a map.
+        how: One of `REDUCTIONS`.
 
     Returns:
-        A two-dimensional tensor.
+        A two-dimensional tensor; the rows of an example follow each other.
 
     Example:
         >>> to_rows(torch.ones(2, 3, 4, 4), channels_first=True).shape
         torch.Size([2, 3])
+        >>> to_rows(torch.ones(2, 3, 4, 4), channels_first=True, how="positions").shape
+        torch.Size([32, 3])
         >>> to_rows(torch.ones(2, 5, 8), channels_first=False).shape
         torch.Size([10, 8])
     """
@@ -117,10 +134,15 @@ def to_rows(value: Tensor, *, channels_first: bool) -> Tensor:
         return value
     if value.ndim < 2:
         return value.reshape(-1, 1)
-    if channels_first:
+    if how == "flatten":
+        return value.flatten(1)
+    if how == "pool" or (how == "auto" and channels_first):
         # Sums of half-precision maps would lose bits; the mean is taken in float32.
         wide = value.float() if value.element_size() < 4 else value
-        return wide.flatten(2).mean(-1).to(value.dtype)
+        flat = wide.flatten(2) if channels_first else wide.flatten(1, -2).mT
+        return flat.mean(-1).to(value.dtype)
+    if how == "positions" and channels_first:
+        value = value.movedim(1, -1)
     return value.flatten(0, -2)
 
 

@@ -1,3 +1,5 @@
+import itertools
+import re
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -63,6 +65,47 @@ def test_rows_of_each_kind_of_layer():
     assert torch.equal(tokens, series.reshape(6, 7))
     assert rows(torch.ones(4), nn.ReLU()).shape == (4, 1)
     assert rows(torch.tensor(1.0), nn.ReLU()).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "maps", "tokens"),
+    [
+        ("auto", "n c a b -> n c mean", "n s t d -> (n s t) d"),
+        ("pool", "n c a b -> n c mean", "n s t d -> n d mean"),
+        ("positions", "n c a b -> (n a b) c", "n s t d -> (n s t) d"),
+        ("tokens", "n c a b -> (n c a) b", "n s t d -> (n s t) d"),
+        ("flatten", "n c a b -> n (c a b)", "n s t d -> n (s t d)"),
+    ],
+)
+def test_every_reduction_puts_each_value_where_it_belongs(how, maps, tokens):
+    """Against loops over plain numbers."""
+    x = torch.randn(2, 3, 4, 5)
+    for pattern, first in ((maps, True), (tokens, False)):
+        got = to_rows(x, channels_first=first, how=how)
+        torch.testing.assert_close(got, by_hand(x, pattern), rtol=1e-6, atol=1e-6)
+    assert torch.equal(to_rows(x[0, 0], channels_first=False, how=how), x[0, 0])
+
+
+def by_hand(x, pattern):
+    """Return the rows that a pattern of axis names describes."""
+    left, right = (side.strip() for side in pattern.split("->"))
+    names = left.split()
+    row_axes, *rest = re.findall(r"\([^)]*\)|\w+", right)
+    mean = "mean" in rest
+    row_names = row_axes.strip("()").split()
+    column_names = " ".join(r for r in rest if r != "mean").strip("()").split()
+    sizes = dict(zip(names, x.shape, strict=True))
+    rows = []
+    for row in itertools.product(*(range(sizes[n]) for n in row_names)):
+        columns = []
+        for column in itertools.product(*(range(sizes[n]) for n in column_names)):
+            at = dict(zip([*row_names, *column_names], [*row, *column], strict=True))
+            index = tuple(at.get(name, slice(None)) for name in names)
+            value = x[index]
+            assert mean or value.ndim == 0
+            columns.append(value.double().mean().item())
+        rows.append(columns)
+    return torch.tensor(rows, dtype=x.dtype)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(5, 5), nn.LayerNorm(5)])
