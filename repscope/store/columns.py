@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repscope.snapshot import StreamKey
 from repscope.store.index import LABELS, SCALARS, STORED_AS, Ints, is_rows
-from repscope.store.names import encode
+from repscope.store.names import path_of
 from repscope.store.pending import Record
 
 Bytes = npt.NDArray[np.uint8]
@@ -29,7 +29,7 @@ class Column:
 
     def __init__(self, key: StreamKey, tensor: Tensor, block: Tensor) -> None:
         self.key = key
-        self.name = f"{encode(key[0])}/{encode(key[1])}"
+        self.name = path_of(key)
         self.whole = not is_rows(key[0])
         self.row_shape = list(tensor.shape if self.whole else tensor.shape[1:])
         self.stored_row_shape = list(block.shape[1:])

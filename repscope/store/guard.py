@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from repscope.store import walker
@@ -32,12 +31,11 @@ class Guard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child; the next question starts another."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
@@ -76,10 +74,10 @@ class Guard:
             answer = _parsed(_line(child.stdout.fileno()))
         except TimeoutError:
             answer = {"refused": [f"looking at it took over {SECONDS:g} s"]}
-            self.__exit__(None, None, None)
+            self.close()
         except (BrokenPipeError, ValueError):
             answer = {"refused": ["looking at it ended its process"]}
-            self.__exit__(None, None, None)
+            self.close()
         if "refused" in answer:
             raise walker.Refused(*answer["refused"])
         return answer

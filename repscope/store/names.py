@@ -35,3 +35,13 @@ def encode(name: str) -> str:
         digest = hashlib.sha256(data).hexdigest()
         return f"{text[: _LONGEST - 1 - len(digest)]}-{digest}"
     return text or "%"
+
+
+def path_of(key: tuple[str, str]) -> str:
+    """Return the path of a stream's dataset.
+
+    Example:
+        >>> path_of(("outputs", "encoder.0"))
+        'outputs/encoder.0'
+    """
+    return "/".join(map(encode, key))

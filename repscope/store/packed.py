@@ -12,7 +12,7 @@ from repscope.store import manifest, schema, walker
 from repscope.store.filters import PIPELINES
 from repscope.store.guard import Guard
 from repscope.store.index import STORED_AS, Part
-from repscope.store.names import encode
+from repscope.store.names import path_of
 
 VERSION = 1
 INDEX = "@index"
@@ -111,7 +111,7 @@ def expected(
         for entry in frame.get("segments", ()):
             for part in (Part.from_json(part) for part in entry["parts"]):
                 add(wanted, part)
-                name = f"{INDEX}/{encode(part.target)}/{encode(part.layer)}"
+                name = f"{INDEX}/{path_of(part.key)}"
                 wanted[name] = _plain([len(part.where[0]), 3], "<i8")
     return wanted
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from repscope._checks import check_choice
 from repscope.errors import StoreExists, StoreWriteError
 from repscope.snapshot import StreamKey
-from repscope.store import files, filters, manifest, packed
+from repscope.store import files, filters, manifest, packed, segment
 from repscope.store.catalog import Catalog
 from repscope.store.fileobjects import Through
 from repscope.store.index import (
@@ -27,7 +27,7 @@ from repscope.store.index import (
     is_rows,
     to_spans,
 )
-from repscope.store.names import encode
+from repscope.store.names import path_of
 
 if TYPE_CHECKING:
     import h5py
@@ -208,9 +208,8 @@ def _write(
             places = [stream.starts, stream.rows]
             steps = [catalog.step(record) for record in stream.records]
             index = np.array([steps, *places], "<i8").T.reshape(-1, 3)
-            target, layer = map(encode, stream.key)
-            opened.create_dataset(f"{packed.INDEX}/{target}/{layer}", data=index,
-                                  track_times=False)  # fmt: skip
+            name = f"{packed.INDEX}/{path_of(stream.key)}"
+            opened.create_dataset(name, data=index, track_times=False)
             file.check()
         frames = _frames(catalog, parts)
         text = b"".join(manifest.encode(i, body) for i, body in enumerate(frames))
@@ -258,7 +257,7 @@ def _create(
     if compression == "none" and not empty:
         plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     dataset = file.create_dataset(
-        "/".join(map(encode, stream.key)),
+        path_of(stream.key),
         shape=shape,
         dtype=kind,
         chunks=None if empty else _chunk_shape(shape, kind.itemsize, layout),
@@ -266,9 +265,7 @@ def _create(
         dcpl=plan,
         **({} if empty else made),
     )
-    if stream.dtype.is_floating_point and kind.kind == "u":
-        name = str(stream.dtype).removeprefix("torch.")
-        dataset.attrs["torch_dtype"] = np.bytes_(name)
+    segment.note_dtype(dataset, stream.dtype)
     return dataset
 
 
@@ -345,7 +342,7 @@ def _part(
     return Part(
         target=stream.key[0],
         layer=stream.key[1],
-        name="/".join(map(encode, stream.key)),
+        name=path_of(stream.key),
         dtype=str(stream.dtype).removeprefix("torch."),
         shape=list(shape),
         row_shape=list(stream.row_shape),

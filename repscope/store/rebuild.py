@@ -124,9 +124,7 @@ def _named(frames: Iterable[Frame]) -> set[int]:
 def _is_news(path: Path, frames: Sequence[Frame], seq: int, frame: Frame) -> bool:
     """Return whether a frame has rows that are nowhere else."""
     low, high = frame.get("replaces", (1, 0))
-    replaced = [
-        e["number"] for f in frames[low : high + 1] for e in f.get("segments", ())
-    ]
+    replaced = _named(frames[low : high + 1])
     if replaced and all(manifest.locate(path, n).exists() for n in replaced):
         return False  # a merge that did not come to its end
     # An earlier try of a commit has fewer records than the log.

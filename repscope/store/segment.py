@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from repscope.errors import StoreWriteError
 from repscope.store import manifest
@@ -114,9 +115,7 @@ def _add(file: h5py.File, column: Column) -> Part:
     # HDF5 cannot chunk what has no elements.
     chunks = (chunk_rows, *column.stored_row_shape) if chunk_rows else None
     dataset = _reserve(file, column.name, shape, column.h5_dtype, chunks)
-    if column.dtype.is_floating_point and column.h5_dtype.kind == "u":
-        # A fixed-length string: variable ones live in a heap of their own.
-        dataset.attrs["torch_dtype"] = np.bytes_(name)
+    note_dtype(dataset, column.dtype)
     n_chunks = -(-column.n_rows // chunk_rows) if chunk_rows else 0
     return Part(
         target=column.key[0],
@@ -132,6 +131,14 @@ def _add(file: h5py.File, column: Column) -> Part:
         starts=to_spans(column.starts),
         rows=to_spans(column.rows),
     )
+
+
+def note_dtype(dataset: h5py.Dataset, dtype: torch.dtype) -> None:
+    """Say what the bits of a dataset mean, where HDF5 has no such type."""
+    if dtype.is_floating_point and dataset.dtype.kind == "u":
+        # A fixed-length string: variable ones live in a heap of their own.
+        name = str(dtype).removeprefix("torch.")
+        dataset.attrs["torch_dtype"] = np.bytes_(name)
 
 
 def _reserve(
