@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
 import math
@@ -17,12 +18,13 @@ from torch import Tensor
 from repscope import parallel, store
 from repscope.errors import MetricError, UnknownLayer, UnknownName, UsageError, suggest
 from repscope.landscape import SPARSITY_METRICS
+from repscope.linalg import Moments
 from repscope.metrics.alignment import ALIGNMENT_METRICS
 from repscope.metrics.continual import CONTINUAL_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS, spectra
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
-from repscope.snapshot import Snapshot
+from repscope.snapshot import EXAMPLES, Snapshot
 from repscope.store import ROW_TARGETS, Run
 
 if TYPE_CHECKING:
@@ -41,19 +43,17 @@ COLUMNS = (
     "n_samples",
     "note",
 )
-METRICS = (
-    *SPECTRUM_METRICS,
-    *ALIGNMENT_METRICS,
-    *WEIGHT_METRICS,
-    *CONTINUAL_METRICS,
-    *SPARSITY_METRICS,
-)
+STREAM_METRICS = (*SPECTRUM_METRICS, *ALIGNMENT_METRICS, *WEIGHT_METRICS)
+METRICS = (*STREAM_METRICS, *CONTINUAL_METRICS, *SPARSITY_METRICS)
+
 # Tensors in the shape of parameters: what is read of weights can be read of them.
 _OF_PARAMETERS = ("weights", "weight_gradients", "updates")
 # Activations held at once, in bytes, before their spectra are computed together.
 _BATCH_BYTES = 256 * 2**20
 
 Row = dict[str, Any]
+_Stream = tuple[Row, Tensor, Tensor | None]  # what is known of it, rows, labels
+_Waiting = tuple[Row, Tensor | Moments | None]
 Runs = str | Path | Run | Iterable[str | Path | Run]
 
 
@@ -90,7 +90,7 @@ def measure(
     opened = as_runs(runs)
     if not opened:
         raise UsageError("measure needs at least one store")
-    wanted = _check_metrics(metrics)
+    wanted = frozenset(METRICS if metrics is None else check_metrics(metrics))
     _check_layers(opened, layers)
     work = partial(_measure, wanted=wanted, layers=layers)
     size = math.ceil(len(opened) / max(jobs, 1))
@@ -194,6 +194,19 @@ def sparsity_curves(run: Run) -> dict[str, SparsityCurve]:
     return curves
 
 
+def readings(snapshot: Snapshot, *, metrics: Iterable[str]) -> list[Row]:
+    """Return metrics of the streams of one snapshot, as `measure` does of stores.
+
+    Args:
+        snapshot: What was seen at one step.
+        metrics: Names in `STREAM_METRICS`.
+
+    Returns:
+        Rows with ``step, layer, target, metric, value, n_samples, note``.
+    """
+    return _stream_rows(_streams(snapshot), frozenset(metrics))
+
+
 def example_labels(run: Run, snapshot: Snapshot, layer: str) -> Tensor | None:
     """Return one label a row: token rows take the label of their example.
 
@@ -205,53 +218,91 @@ def example_labels(run: Run, snapshot: Snapshot, layer: str) -> Tensor | None:
     Returns:
         Labels ``(n_rows,)``, or ``None`` when there are none that belong to the rows.
     """
-    y, rows = snapshot.labels, snapshot.streams["outputs", layer]
-    known = layer not in run.meta.get("unlabelled", ())
-    if not known or y is None or len(y) == 0 or len(rows) % len(y):
-        return None
-    return y.repeat_interleave(len(rows) // len(y))
+    return _as_known(run, snapshot).labels_of(layer)
+
+
+def check_metrics(
+    metrics: str | Iterable[str], known: Sequence[str] = METRICS
+) -> tuple[str, ...]:
+    """Return metric names, all of them known.
+
+    Args:
+        metrics: A name, or several.
+        known: Names that would be understood.
+
+    Returns:
+        The names.
+
+    Raises:
+        UnknownName: If one of them is not known.
+    """
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for name in names:
+        if name not in known:
+            raise UnknownName(
+                f"unknown metric {name!r}{suggest(name, known)} "
+                f"(known: {', '.join(known)})"
+            )
+    return names
 
 
 # -- one worker's share -------------------------------------------------------
 def _measure(runs: Sequence[Run], *, wanted: frozenset[str], layers: str) -> list[Row]:
-    rows: list[Row] = []
-    waiting: list[tuple[Row, Tensor]] = []
-    held = 0
     place = itertools.count()
-    for run in runs:
-        rows += _run_rows(run, wanted, next(place))
-        for base, X, y in _streams(run, layers):
-            base["place"] = next(place)
-            if base["target"] not in ROW_TARGETS:
-                if base["target"] in _OF_PARAMETERS:
-                    rows += _apply(WEIGHT_METRICS, wanted, base, X)
-                continue
-            if wanted.intersection(SPECTRUM_METRICS):
-                waiting.append((base, X))
-                held += X.nbytes
-            if y is not None:
-                rows += _apply(ALIGNMENT_METRICS, wanted, base, X, y)
-            if held > _BATCH_BYTES:
-                rows += _spectrum_rows(waiting, wanted)
-                waiting, held = [], 0
-    rows += _spectrum_rows(waiting, wanted)
-    return sorted(rows, key=itemgetter("place"))
+    of_runs: list[Row] = []
+
+    def placed() -> Iterator[_Stream]:
+        for run in runs:
+            of_runs.extend(_run_rows(run, wanted, next(place)))
+            base, known = _base(run), {layer for _, layer in run.streams}
+            names = {name for name in known if fnmatch.fnmatchcase(name, layers)}
+            for snapshot in run.snapshots(layers=names):
+                for row, X, y in _streams(_as_known(run, snapshot)):
+                    yield base | row | {"place": next(place)}, X, y
+
+    of_streams = _stream_rows(placed(), wanted)
+    return sorted(of_runs + of_streams, key=itemgetter("place"))
 
 
-def _streams(run: Run, layers: str) -> Iterator[tuple[Row, Tensor, Tensor | None]]:
-    names = {layer for _, layer in run.streams if fnmatch.fnmatchcase(layer, layers)}
-    for snapshot in run.snapshots(layers=names):
-        for (target, layer), X in snapshot.streams.items():
-            note = "" if not snapshot.tags else f"tag {', '.join(snapshot.tags)}"
-            base = _base(run) | {
-                "step": snapshot.step,
-                "layer": layer,
-                "target": target,
-                "n_samples": len(X) if target in ROW_TARGETS else 0,
-                "note": note,
-            }
-            labelled = target == "outputs"
-            yield base, X, example_labels(run, snapshot, layer) if labelled else None
+def _stream_rows(streams: Iterable[_Stream], wanted: frozenset[str]) -> list[Row]:
+    """Return every metric of some streams; as many spectra together as memory holds."""
+    rows: list[Row] = []
+    waiting: list[_Waiting] = []
+    held = 0
+    for base, X, y in streams:
+        if base["target"] in _OF_PARAMETERS:
+            rows += _apply(WEIGHT_METRICS, wanted, base, X)
+        if base["target"] not in (*ROW_TARGETS, "moments"):
+            continue
+        if wanted.intersection(SPECTRUM_METRICS):
+            waiting.append(_with_spectrum(base, X))
+            held += X.nbytes
+        if y is not None:
+            rows += _apply(ALIGNMENT_METRICS, wanted, base, X, y)
+        if held > _BATCH_BYTES:
+            rows += _spectrum_rows(waiting, wanted)
+            waiting, held = [], 0
+    return rows + _spectrum_rows(waiting, wanted)
+
+
+def _streams(snapshot: Snapshot) -> Iterator[_Stream]:
+    note = "" if not snapshot.tags else f"tag {', '.join(snapshot.tags)}"
+    for (target, layer), X in snapshot.streams.items():
+        if target == EXAMPLES:
+            continue
+        row = {
+            "step": snapshot.step,
+            "layer": layer,
+            "target": target,
+            "n_samples": _n_samples(target, X),
+            "note": note,
+        }
+        yield row, X, snapshot.labels_of(layer) if target == "outputs" else None
+
+
+def _as_known(run: Run, snapshot: Snapshot) -> Snapshot:
+    unlabelled = frozenset(run.meta.get("unlabelled", ()))
+    return dataclasses.replace(snapshot, unlabelled=unlabelled)
 
 
 def _base(run: Run) -> Row:
@@ -302,18 +353,32 @@ def _row(base: Row, metric: str, compute: Callable[[], Tensor]) -> Row:
         return _note(base, str(error)) | {"metric": metric, "value": math.nan}
 
 
-def _spectrum_rows(
-    waiting: Sequence[tuple[Row, Tensor]], wanted: frozenset[str]
-) -> list[Row]:
+def _n_samples(target: str, X: Tensor) -> int:
+    if target == "moments":  # whose count is NaN where they diverged
+        return int(X.flatten()[:1].nan_to_num(0.0, 0.0, 0.0).sum())
+    return len(X) if target in ROW_TARGETS else 0
+
+
+def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
+    """Return rows, or the moments of some, or a note why they have no spectrum."""
+    if base["n_samples"] < 2 or not X.numel() or not bool(X.isfinite().all()):
+        return _note(base, "no spectrum: not finite, or fewer than 2 rows"), None
+    if base["target"] != "moments":
+        return base, X
+    try:
+        return base, Moments.from_tensor(X)
+    except MetricError as error:
+        return _note(base, str(error)), None
+
+
+def _spectrum_rows(waiting: Sequence[_Waiting], wanted: frozenset[str]) -> list[Row]:
     """Return every metric of all waiting spectra, decomposed together."""
-    usable = [bool(X.numel() and len(X) > 1 and X.isfinite().all()) for _, X in waiting]
-    done = iter(spectra(list(itertools.compress((X for _, X in waiting), usable))))
+    done = iter(spectra([X for _, X in waiting if X is not None]))
     rows: list[Row] = []
-    for (base, X), fine in zip(waiting, usable, strict=True):
-        if not fine:
-            noted = _note(base, "no spectrum: not finite, or fewer than 2 rows")
+    for base, X in waiting:
+        if X is None:
             rows += [
-                noted | {"metric": name, "value": math.nan}
+                base | {"metric": name, "value": math.nan}
                 for name in SPECTRUM_METRICS
                 if name in wanted
             ]
@@ -321,7 +386,7 @@ def _spectrum_rows(
         spectrum = next(done)
         if spectrum.degenerate:
             base = _note(base, f"degenerate: {spectrum.degenerate}")
-        if len(X) < 5 * X.shape[1]:
+        if spectrum.n_samples < 5 * spectrum.n_features:
             base = _note(base, "n_samples < 5 n_features")
         rows += _apply(SPECTRUM_METRICS, wanted, base, spectrum)
     return rows
@@ -332,19 +397,6 @@ def _note(base: Row, text: str) -> Row:
 
 
 # -- checks -------------------------------------------------------------------
-def _check_metrics(metrics: Sequence[str] | None) -> frozenset[str]:
-    if metrics is None:
-        return frozenset(METRICS)
-    names = [metrics] if isinstance(metrics, str) else list(metrics)
-    for name in names:
-        if name not in METRICS:
-            raise UnknownName(
-                f"unknown metric {name!r}{suggest(name, METRICS)} "
-                f"(known: {', '.join(METRICS)})"
-            )
-    return frozenset(names)
-
-
 def _check_layers(runs: Sequence[Run], layers: str) -> None:
     known = {layer for run in runs for _, layer in run.streams}
     if known and not any(fnmatch.fnmatchcase(name, layers) for name in known):

@@ -92,6 +92,10 @@ class ProbeMismatch(StoreError, ValueError):
     """A resumed run was given another probe than the one it was recorded with."""
 
 
+class ShardMismatch(StoreError):
+    """The stores of the ranks of a job do not make one run, or one is missing."""
+
+
 class UntrustedStore(StoreError):
     """A file holds something that a RepScope store never has; it was not read."""
 
@@ -123,6 +127,30 @@ class MissingOptimizer(CaptureError, ValueError):
 
 class UnsupportedOutput(CaptureError, TypeError):
     """A layer returned something that cannot be recorded as rows."""
+
+
+class UnsupportedLayout(CaptureError, TypeError):
+    """A layer returned a tensor whose values are not laid out densely."""
+
+
+class UnsupportedModule(CaptureError, TypeError):
+    """A module on which hooks do not work."""
+
+
+class InsideTransform(CaptureError):
+    """A hooked layer ran inside a function transform such as ``vmap``."""
+
+
+class CompiledFullgraph(CaptureError):
+    """A hook would break a graph that was compiled with ``fullgraph=True``."""
+
+
+class ShardedParameter(CaptureError):
+    """A parameter of which each rank has a part cannot be read whole."""
+
+
+class QueueFull(CaptureError):
+    """More waits to be written than ``queue_bytes`` allows."""
 
 
 class ShapeChanged(CaptureError):

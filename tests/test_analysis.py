@@ -275,3 +275,62 @@ def test_the_optimizer_is_named_by_the_user_or_by_its_class(tmp_path):
 
 def test_the_list_of_metrics_has_no_name_twice():
     assert len(set(METRICS)) == len(METRICS)
+
+
+# -- moments ------------------------------------------------------------------
+def streamed(path, streams, **meta):
+    """Write a store of moments, one record a stream."""
+    snapshots = [
+        Snapshot(step, {("moments", name): t})
+        for step, (name, t) in enumerate(streams.items())
+    ]
+    return write(path, snapshots, **meta)
+
+
+def test_moments_are_measured_as_their_rows_are(tmp_path, monkeypatch):
+    calls = []
+    real = torch.linalg.eigvalsh
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda C: calls.append(C.shape) or real(C)
+    )
+    rows = {"fc": features(1), "wide": features(2, 4), "constant": torch.ones(9, 6)}
+    snapshot = Snapshot(
+        3,
+        {("outputs", name): X for name, X in rows.items()}
+        | {
+            ("moments", name): rs.Moments().update(X).to_tensor()
+            for name, X in rows.items()
+        },
+    )
+    frame = measure(write(tmp_path / "run", [snapshot]))
+    assert sorted(calls) == [(1, 4, 4), (5, 6, 6)]
+    by_target = {
+        target: part.drop(columns="target").reset_index(drop=True)
+        for target, part in frame.groupby("target")
+    }
+    pd.testing.assert_frame_equal(
+        by_target["moments"], by_target["outputs"], rtol=1e-10
+    )
+    at = frame[frame["layer"] == "wide"]
+    assert set(at["n_samples"]) == {4}
+    assert set(at["note"]) == {"n_samples < 5 n_features"}
+
+
+def test_moments_without_a_spectrum_are_nan_with_a_note(tmp_path):
+    fine = rs.Moments().update(features(1)).to_tensor()
+    diverged = fine.clone()
+    diverged[3:] = math.nan
+    path = streamed(
+        tmp_path / "run",
+        {
+            "one row": rs.Moments().update(features(1, 1)).to_tensor(),
+            "diverged": diverged,
+            "nothing but NaN": torch.full_like(fine, math.nan),
+            "something else": torch.full((3, 2), 5.0),
+        },
+    )
+    frame = measure(path, metrics=["trace"])
+    assert frame["value"].isna().all()
+    assert frame["n_samples"].tolist() == [1, 40, 0, 5]
+    assert ["no spectrum" in note for note in frame["note"]] == [True] * 3 + [False]
+    assert "n_features + 3, n_features" in frame["note"].tolist()[3]

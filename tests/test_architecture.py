@@ -35,7 +35,17 @@ WALLS = {
     "jinja2": ("report",),
     "ctypes": ("linalg",),
     "triton": ("linalg",),
+    "lightning": ("integrations",),
+    "pytorch_lightning": ("integrations",),
+    "transformers": ("integrations",),
+    "accelerate": ("integrations",),
+    "tensorboard": ("integrations",),
+    "torch.utils.tensorboard": ("integrations",),
+    "wandb": ("integrations",),
 }
+
+# Functions that import what their arguments name.
+LOADERS = ("importlib.import_module", "load")
 
 # A pure metric never learns about runs, files or devices.
 FORBIDDEN = {
@@ -55,7 +65,7 @@ def dotted(path: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Return the dotted names a file imports, in function bodies too."""
+    """Return the dotted names a file imports, in function bodies and by name too."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -63,6 +73,9 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS:
+            values = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            found += [value for value in values if isinstance(value, str)]
     return found
 
 

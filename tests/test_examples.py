@@ -7,6 +7,7 @@ import ast
 import doctest
 import re
 import runpy
+import signal
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ PAGES = [
     for page in sorted(DOCS.rglob("*.md"))
     if not set(BUILT) & set(page.relative_to(DOCS).parts)
 ]
-# Needs stores that exist only after `make demo`, or files of the reader.
-SKETCHES = ("first-run.md", "store-format.md")
+# Needs stores that exist only after `make demo`, files of the reader, or packages with
+# which tests/integrations runs it.
+SKETCHES = ("first-run.md", "store-format.md", "integrations.md")
 
 
 def name(path: Path) -> str:
@@ -70,7 +72,11 @@ def test_examples_assert_something(path):
 )
 def test_snippets_run_as_printed(page, folder):
     code = "\n".join(blocks(page, "python"))
-    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_worked_steps_are_true():

@@ -58,7 +58,7 @@ def die(recorder):
     """What a kill leaves: no hook, no lock, nothing that was pending."""
     recorder._finalizer.detach()
     recorder._taps.detach()
-    recorder._writer.abort()
+    recorder._delivery.undo(new=False)
 
 
 def content(path):

@@ -259,7 +259,7 @@ def test_micro_batches_are_one_step(tmp_path, together):
     whole, split = runs
     assert whole.steps == split.steps == [0, 1, 2]
     for target, layer in whole.streams:
-        for step in (0, 1):
+        for step in (0, 1) if target != "moments" else (2,):
             a, b = (run.read(layer, step, target=target) for run in runs)
             torch.testing.assert_close(a, b, msg=f"{target} {layer}")
     assert torch.equal(whole.labels(1), split.labels(1))
@@ -349,7 +349,7 @@ def test_a_new_optimizer_is_followed_when_it_is_told(tmp_path):
 
 
 def test_an_optimizer_that_never_steps_is_mentioned_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("repscope.recorder._IDLE_CALLS", 5)
+    monkeypatch.setattr("repscope.recorder.held._IDLE_CALLS", 5)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with record(tmp_path / "run", model, optimizer, capture="weights") as recorder:

@@ -1,7 +1,11 @@
 """Copy hidden state out of a model: which layers, when, on what inputs."""
 
+from repscope.capture.choice import Choice
+from repscope.capture.compiled import original
+from repscope.capture.forward import Settings
 from repscope.capture.hooks import Taken, Taps
-from repscope.capture.probe import Probe
+from repscope.capture.pool import Pool
+from repscope.capture.probe import Probe, as_probe
 from repscope.capture.rows import REDUCTIONS
 from repscope.capture.schedules import (
     Schedule,
@@ -10,24 +14,33 @@ from repscope.capture.schedules import (
     every,
     log_spaced,
 )
-from repscope.capture.selection import Selected, layers, select
-from repscope.capture.targets import TARGETS, Target
+from repscope.capture.selection import LayerSpec, Selected, layers, select
+from repscope.capture.streaming import Streaming
+from repscope.capture.targets import TARGETS, Target, check_targets
 from repscope.capture.updates import Updates
 
 __all__ = [
     "REDUCTIONS",
     "TARGETS",
+    "Choice",
+    "LayerSpec",
+    "Pool",
     "Probe",
     "Schedule",
     "Selected",
+    "Settings",
+    "Streaming",
     "Taken",
     "Taps",
     "Target",
     "Updates",
+    "as_probe",
     "as_schedule",
     "at_steps",
+    "check_targets",
     "every",
     "layers",
     "log_spaced",
+    "original",
     "select",
 ]

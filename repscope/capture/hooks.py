@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from repscope.capture.rows import concatenate, has_channels_first, leaves, to_rows
+from repscope.capture import compiled
+from repscope.capture.forward import Forward, Settings, has_data
+from repscope.capture.joined import Piece, join
+from repscope.capture.rows import leaves, mask_among
 from repscope.capture.selection import Selected, named_modules
-from repscope.errors import AlreadyAttached, LayerNeverFired
+from repscope.errors import (
+    AlreadyAttached,
+    LayerNeverFired,
+    UnsupportedOutput,
+    UsageError,
+)
 from repscope.snapshot import StreamKey
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -25,119 +33,19 @@ class Taken:
     """What the hooks copied since they were last asked.
 
     Attributes:
-        rows: ``(target, name)`` -> rows ``(n_rows, n_features)`` on the CPU.
+        rows: ``(target, name)`` -> rows ``(n_rows, n_features)`` on the CPU; and
+            ``("examples", "target:name")`` -> example of each row, where examples do
+            not have equally many rows each, in order.
+        moments: name -> rows of which only moments are to be kept.
         n_examples: Examples that went through the model.
         unlabelled: Streams of outputs whose rows do not follow the order of the
             examples.
     """
 
     rows: Mapping[StreamKey, Tensor]
+    moments: Mapping[str, Tensor]
     n_examples: int
     unlabelled: frozenset[str]
-
-
-@dataclass
-class _Forward:
-    """One forward of the whole model (or calls of its parts, when ``n`` is unknown)."""
-
-    n: int | None
-    taps: Taps
-    by_root: bool = False
-    rows: dict[StreamKey, list[Tensor | None]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    calls: dict[StreamKey, int] = field(default_factory=lambda: defaultdict(int))
-    seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    maps: set[torch.Size] = field(default_factory=set)
-    unlabelled: set[str] = field(default_factory=set)
-
-    @property
-    def n_examples(self) -> int:
-        return next(iter(self.seen.values()), 0) if self.n is None else self.n
-
-    def take(
-        self,
-        target: str,
-        layer: str,
-        module: nn.Module,
-        value: object,
-        *,
-        keep: bool,
-        gradients: bool,
-    ) -> None:
-        """Look at what a layer was given or returned.
-
-        Args:
-            target: ``"inputs"`` or ``"outputs"``.
-            layer: Name of the layer.
-            module: The layer.
-            value: What it was given or returned.
-            keep: Copy it.
-            gradients: Copy its gradient once there is one.
-        """
-        call = self.calls[target, layer]
-        self.calls[target, layer] += 1
-        stream = f"{layer}@{call}" if call else layer
-        for path, leaf in leaves(value, layer=layer):
-            name = f"{stream}:{path}" if path else stream
-            rows, n_examples, ordered = self._rows(module, leaf.detach())
-            if keep:
-                self.rows[target, name].append(self._own(rows, leaf))
-            if target == "outputs":
-                self.seen[name] += n_examples
-                if not ordered:
-                    self.unlabelled.add(name)
-            if gradients and leaf.requires_grad:
-                self._ask(name, module, leaf)
-
-    def _rows(self, module: nn.Module, leaf: Tensor) -> tuple[Tensor, int, bool]:
-        """Return rows, how many examples they are of, and whether in their order."""
-        value, ordered = _examples_first(leaf, module, self.n)
-        first = has_channels_first(value, module, maps=self.maps)
-        rows = to_rows(value, channels_first=first, how=self.taps.reduce)
-        return rows, len(value) if value.ndim else 1, ordered
-
-    def _own(self, rows: Tensor, leaf: Tensor) -> Tensor:
-        """Return ``rows`` in memory of their own: an in-place layer may follow."""
-        if self.taps.dtype is not None and rows.dtype != self.taps.dtype:
-            return rows.to(self.taps.dtype)
-        shared = rows.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
-        return rows.clone() if shared else rows
-
-    def _ask(self, name: str, module: nn.Module, leaf: Tensor) -> None:
-        """Let the backward pass fill a place that is in the order of the forwards.
-
-        A hook on the tensor, before anything works on it in place, gives the gradient
-        of the value that was returned. Several backward passes add up, as they do in
-        the gradients of the parameters.
-        """
-        places = self.rows["output_gradients", name]
-        index = len(places)
-        places.append(None)
-
-        def fill(gradient: Tensor) -> None:
-            rows, *_ = self._rows(module, gradient.detach())
-            own, before = self._own(rows, gradient), places[index]
-            places[index] = own if before is None else before + own
-
-        leaf.register_hook(fill)
-
-
-def _examples_first(
-    leaf: Tensor, module: nn.Module, n: int | None
-) -> tuple[Tensor, bool]:
-    """Return the value with examples along its first dimension, and whether they are.
-
-    Sequence modules put time first unless told otherwise (``batch_first``), and the
-    final states of recurrent ones put their layers first.
-    """
-    if n is None or leaf.ndim == 0:
-        return leaf, True
-    time_first = getattr(module, "batch_first", None) is False
-    second = leaf.ndim == 3 and leaf.shape[1] == n
-    if second and (time_first or leaf.shape[0] != n):
-        return leaf.transpose(0, 1), True
-    return leaf, leaf.shape[0] == n
 
 
 def _inert(*_: object) -> None:
@@ -154,7 +62,9 @@ class _Hook:
     def __init__(self, taps: Taps, layer: str = "") -> None:
         self.taps = taps
         self.layer = layer
+        self.__name__ = "repscope"  # tracers ask hooks for one
 
+    @compiled.outside_graphs
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.taps.on:
             self.taps._take("outputs", self.layer, module, output)
@@ -171,6 +81,7 @@ class _Hook:
 class _Before(_Hook):
     """Copies what a layer is given, before the layer can work on it in place."""
 
+    @compiled.outside_graphs
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
         if self.taps.on:
             self.taps._take("inputs", self.layer, module, _one(args, kwargs))
@@ -179,6 +90,7 @@ class _Before(_Hook):
 class _Witness(_Hook):
     """Notes that a container ran; removed after the first captured step."""
 
+    @compiled.outside_graphs
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.taps.on:
             self.taps._ran.add(self.layer)
@@ -187,6 +99,7 @@ class _Witness(_Hook):
 class _Begin(_Hook):
     """Runs before each forward of the whole model."""
 
+    @compiled.outside_graphs
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
         if self.taps.on:
             self.taps._root_begins(args, kwargs)
@@ -195,6 +108,7 @@ class _Begin(_Hook):
 class _End(_Hook):
     """Runs after each forward of the whole model that did not raise."""
 
+    @compiled.outside_graphs
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.taps.on:
             self.taps._root_ends()
@@ -206,12 +120,18 @@ class Taps:
     Args:
         model: The model to attach to.
         chosen: Layers to copy from.
-        targets: What to copy, of the targets whose moment is ``"forward"``.
-        reduce: How values become rows, one of `REDUCTIONS`.
-        dtype: What rows are recorded in; None keeps what the layer returned.
+        settings: What to copy, and how it becomes rows.
+        live: The forwards of training are copied, so that the hooks stay; otherwise
+            they are there inside `collecting` only, and training never meets one.
+
+    Attributes:
+        on: Whether hooks copy what they see.
+        error: The first error met inside a hook, which must not break the training.
+        passed_over: What was not copied: reason -> layer -> how often.
 
     Raises:
         AlreadyAttached: If another recorder is attached to ``model``.
+        CompiledFullgraph: If a hook would be inside a graph that must not break.
     """
 
     def __init__(
@@ -219,9 +139,8 @@ class Taps:
         model: nn.Module,
         chosen: Sequence[Selected],
         *,
-        targets: Collection[str] = ("outputs",),
-        reduce: str = "auto",
-        dtype: torch.dtype | None = None,
+        settings: Settings,
+        live: bool,
     ) -> None:
         if model in _attached:
             raise AlreadyAttached(
@@ -229,24 +148,33 @@ class Taps:
                 "all layers with one"
             )
         self.on = False
-        self.training_only = False
         self.error: Exception | None = None
+        self.passed_over: dict[str, Counter[str]] = defaultdict(Counter)
+        self._live = live
         self._model = weakref.ref(model)
         self._chosen = {item.name: item for item in chosen}
-        self._targets = frozenset(targets)
-        self.reduce, self.dtype = reduce, dtype
-        self._done: list[_Forward] = []
-        self._open: _Forward | None = None
+        self._settings = settings
+        self._done: list[Forward] = []
+        self._open: Forward | None = None
         self._inside: int | None = None  # forwards since the optimizer began to step
         self._ran: set[str] = set()
-        self._handles = self._attach(model)
-        self._witnesses = self._watch_parents(model)
+        self._checked = False
+        self._handles: list[RemovableHandle] = []
+        self._witnesses: list[RemovableHandle] = []
+        if live and chosen:
+            compiled.refuse_fullgraph(model, [model, *(c.module for c in chosen)])
+            compiled.start_over(model)
+            self._attach(model)
         _attached.add(model)
 
-    def _attach(self, model: nn.Module) -> list[RemovableHandle]:
-        before = self._chosen if "inputs" in self._targets else {}
-        return [
-            model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
+    def _attach(self, model: nn.Module) -> None:
+        before = self._chosen if "inputs" in self._settings.targets else {}
+        root = [model] if self._live else []
+        self._handles = [
+            *(
+                m.register_forward_pre_hook(_Begin(self), with_kwargs=True)
+                for m in root
+            ),
             *(
                 item.module.register_forward_pre_hook(
                     _Before(self, name), with_kwargs=True
@@ -257,8 +185,9 @@ class Taps:
                 item.module.register_forward_hook(_Hook(self, name))
                 for name, item in self._chosen.items()
             ),
-            model.register_forward_hook(_End(self)),
+            *(module.register_forward_hook(_End(self)) for module in root),
         ]
+        self._witnesses = [] if self._checked else self._watch_parents(model)
 
     def _watch_parents(self, model: nn.Module) -> list[RemovableHandle]:
         parents = {
@@ -272,25 +201,66 @@ class Taps:
             if name in parents
         ]
 
+    def _remove_hooks(self) -> None:
+        for handle in [*self._handles, *self._witnesses]:
+            handle.remove()
+        self._handles, self._witnesses = [], []
+
     # -- called by the hooks --------------------------------------------------
     def _take(self, target: str, layer: str, module: nn.Module, value: object) -> None:
-        if self.training_only and not self._is_training():
-            return
-        self._ran.add(layer)
-        if self._open is None:
-            self._open = _Forward(n=None, taps=self)
         try:
-            self._open.take(
-                target,
-                layer,
-                module,
-                value,
-                keep=target in self._targets,
-                gradients=target == "outputs" and "output_gradients" in self._targets,
-            )
+            if torch._C._current_graph_task_id() != -1:
+                self._recomputed(target, layer, value)
+                return
+            # Checkpointing in its reentrant mode runs a part without gradients inside
+            # a forward that has them.
+            inside = self._open is not None and self._open.by_root
+            if self._live and not inside and not self._is_training():
+                return
+            self._ran.add(layer)
+            if self._open is None:
+                self._open = self._forward(None)
+            if not self._open.take(target, layer, module, value):
+                self.passed_over["without values"][layer] += 1
         except Exception as error:  # noqa: BLE001 - a hook must never break a forward
-            self.error = self.error or error
-            self.on = False
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.on = False
+
+    def _forward(self, n: int | None) -> Forward:
+        totals = dict(self._done[-1].totals) if self._done else {}
+        return Forward(n, self._settings, self._fail, totals=totals)
+
+    def _recomputed(self, target: str, layer: str, value: object) -> None:
+        """Look at a second forward of a part, which the backward pass makes.
+
+        Its values are those of the first. Its gradients are wanted when the first had
+        none: in the reentrant mode of checkpointing.
+
+        Raises:
+            UnsupportedOutput: If it cannot be known which call this repeats.
+        """
+        self.passed_over["recomputed in the backward pass"][layer] += 1
+        if target != "outputs":
+            return
+        forwards = [*self._done, *([self._open] if self._open else [])]
+        calls = [
+            (f.awaited[layer], fills) for f in forwards for fills in f.awaited[layer]
+        ]
+        if len(calls) > 1:
+            raise UnsupportedOutput(
+                f"output_gradients of layer {layer!r}: checkpointing with "
+                "use_reentrant=True runs it again for several calls, and which is "
+                "which cannot be known; use_reentrant=False records all of them"
+            )
+        for waiting, fills in calls:
+            waiting.remove(fills)
+            tensors = (leaf for _, leaf in leaves(value, layer=layer) if has_data(leaf))
+            for leaf, fill in zip(tensors, fills, strict=True):
+                if leaf.requires_grad:
+                    leaf.register_hook(fill)
 
     def _is_training(self) -> bool:
         # The user's own evaluation passes are not training batches.
@@ -298,51 +268,62 @@ class Taps:
         return model is not None and model.training and torch.is_grad_enabled()
 
     def _root_begins(self, args: object, kwargs: object) -> None:
-        if self.training_only and self._is_training():
-            if self._inside is not None:
-                self._inside += 1
-                if self._inside > 1:
-                    self.pause()
-                    return
-            self._settle()
-            self._open = _Forward(n=_n_examples(args, kwargs), taps=self, by_root=True)
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if not self._is_training():
+            self.settle()
+            return
+        if self._inside is not None:
+            self._inside += 1
+            if self._inside > 1:
+                self.pause()
+                return
+        self.settle()
+        given = _given(args, kwargs)
+        if all(has_data(value) for _, value in given):
+            self._open = self._forward(len(given[0][1]) if given else None)
+            self._open.by_root = True
+            self._open.mask = mask_among(dict(given))
 
     def _root_ends(self) -> None:
-        if self.training_only and not self._is_training():
-            return
-        if self._open is not None and self._open.by_root:
+        if self._open is not None and self._open.by_root and self._is_training():
             self._done.append(self._open)
             self._open = None
 
-    def _settle(self) -> None:
+    # -- called by the recorder -----------------------------------------------
+    def settle(self) -> None:
         """End the open forward; one of the whole model that never ended had raised."""
         if self._open is not None and not self._open.by_root:
             self._done.append(self._open)
         self._open = None
 
-    # -- called by the recorder -----------------------------------------------
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Copy every forward inside the block, whatever mode the model is in."""
-        before = self.on, self.training_only
+        model = self._model()
         self.forget()
-        self.on, self.training_only = True, False
         try:
-            yield
+            if model is not None:
+                self._attach(model)
+            self.on = True
+            with compiled.uncompiled():
+                yield
         except BaseException:
             self.forget()
             raise
         finally:
-            self.on, self.training_only = before
+            self.on = False
+            self._remove_hooks()
 
-    def begin(self, n: int) -> None:
+    def begin(self, n: int, mask: Tensor | None = None) -> None:
         """Say that a forward of ``n`` examples comes next, whichever part it calls."""
-        self._settle()
-        self._open = _Forward(n=n, taps=self)
+        self.settle()
+        self._open = self._forward(n)
+        self._open.mask = mask
 
     def follow_training(self, due: bool) -> None:
         """Copy (or stop copying) the training forwards that come next."""
-        self.on, self.training_only = due and self.error is None, True
+        self.on = due and self.error is None
 
     def pause(self) -> None:
         """Copy no more forwards until `follow_training` says so; keep what there is."""
@@ -360,26 +341,63 @@ class Taps:
         """Drop what was copied."""
         self._done, self._open = [], None
 
-    def drain(self) -> Taken:
+    def drain(self, mask: Tensor | None = None) -> Taken:
         """Return what was copied since the last drain, and keep nothing.
+
+        Args:
+            mask: Which tokens ``(n_examples, T)`` of the forwards count.
 
         Raises:
             Exception: The first error a hook met.
+            UsageError: If the mask fits nothing.
         """  # noqa: DOC502 - re-raised as it was
-        self._settle()
+        self.settle()
         done = self._done
         self.forget()
+        self._settings.pool.settle()
         if self.error is not None:
             raise self.error
-        parts: dict[StreamKey, list[Tensor]] = defaultdict(list)
+        parts: dict[StreamKey, list[Piece]] = defaultdict(list)
+        n, unlabelled = 0, set[str]()
+        whole = any(forward.n is not None for forward in done)
         for forward in done:
-            for key, rows in forward.rows.items():
-                parts[key] += [each for each in rows if each is not None]
-        return Taken(
-            {key: concatenate(rows) for key, rows in parts.items() if rows},
-            sum(forward.n_examples for forward in done),
-            frozenset().union(*(forward.unlabelled for forward in done)),
-        )
+            # What runs beside the whole model, such as a loss, is given no new example.
+            size = 0 if whole and forward.n is None else forward.n_examples
+            own = forward.mask if mask is None else mask[n : n + size]
+            for key, pieces in forward.pieces.items():
+                parts[key] += [Piece(rows, n, own) for rows in pieces]
+            unlabelled |= forward.unlabelled
+            n += size
+        return self._joined(parts, n, frozenset(unlabelled), mask)
+
+    def _joined(
+        self,
+        parts: Mapping[StreamKey, Sequence[Piece]],
+        n: int,
+        unlabelled: frozenset[str],
+        mask: Tensor | None,
+    ) -> Taken:
+        rows: dict[StreamKey, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        masked = False
+        for (target, name), pieces in parts.items():
+            choice = None if target == "moments" else self._settings.choice
+            joined = join(pieces, choice=choice)
+            if joined is None:
+                continue
+            masked |= joined.masked
+            if target == "moments":
+                moments[name] = joined.values
+                continue
+            rows[target, name] = joined.values
+            if joined.examples is not None and name not in unlabelled:
+                rows["examples", f"{target}:{name}"] = joined.examples
+        if mask is not None and parts and not (masked and len(mask) == n):
+            raise UsageError(
+                f"mask= of shape {tuple(mask.shape)} fits no recorded layer: it says "
+                f"which tokens (n_examples, T) count, and {n} examples were recorded"
+            )
+        return Taken(rows, moments, n, unlabelled)
 
     def check_fired(self) -> list[str]:
         """Return the glob-selected layers that have not run; refuse exact ones.
@@ -392,6 +410,7 @@ class Taps:
         Raises:
             LayerNeverFired: If a layer that was named exactly never ran.
         """
+        self._checked = True
         for handle in self._witnesses:
             handle.remove()
         silent = [name for name in self._chosen if name not in self._ran]
@@ -413,7 +432,7 @@ class Taps:
         return ""
 
     def _why_not_training(self) -> str:
-        if not self.training_only:
+        if not self._live:
             return ""
         return (
             "; without probe= only forwards in training mode with gradients enabled "
@@ -424,8 +443,7 @@ class Taps:
         """Remove every hook and drop what was copied; safe to call twice."""
         self.on = False
         self.forget()
-        for handle in [*self._handles, *self._witnesses]:
-            handle.remove()
+        self._remove_hooks()
         model = self._model()
         if model is not None:
             _attached.discard(model)
@@ -440,10 +458,8 @@ def _one(args: object, kwargs: object) -> object:
     return {**positional, **(kwargs if isinstance(kwargs, dict) else {})}
 
 
-def _n_examples(args: object, kwargs: object) -> int | None:
-    """Return the length of the first tensor a model was called with."""
-    given = [*args] if isinstance(args, tuple) else []
-    given += kwargs.values() if isinstance(kwargs, dict) else []
-    tensors = (v for v in given if isinstance(v, Tensor) and v.ndim)
-    first = next(tensors, None)
-    return None if first is None else len(first)
+def _given(args: object, kwargs: object) -> list[tuple[str, Tensor]]:
+    """Return the tensors with dimensions that a model was called with, and names."""
+    given = [("", value) for value in args] if isinstance(args, tuple) else []
+    given += kwargs.items() if isinstance(kwargs, dict) else []
+    return [(k, v) for k, v in given if isinstance(v, Tensor) and v.ndim]

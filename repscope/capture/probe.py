@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repscope._checks import as_labels
+from repscope.capture.rows import mask_among
 from repscope.errors import UsageError
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -28,10 +29,12 @@ class Probe:
         batch_size: Rows per forward; ``None`` runs all at once.
         forward: ``(model, inputs) -> anything``, when ``model(inputs)`` is not the
             call; receives a chunk of ``inputs`` of the same kind.
+        mask: Which tokens ``(n_samples, T)`` count: true or 1; ``None`` takes the
+            ``attention_mask`` of a mapping, if there is one.
 
     Raises:
-        UsageError: If there is no tensor in ``inputs``, their lengths differ, or
-            ``batch_size`` is not positive.
+        UsageError: If there is no tensor in ``inputs``, their lengths differ, ``mask``
+            has another, or ``batch_size`` is not positive.
 
     Example:
         >>> probe = Probe(torch.ones(6, 4), labels=[0, 0, 1, 1, 2, 2], batch_size=4)
@@ -45,6 +48,7 @@ class Probe:
         labels: Any = None,
         batch_size: int | None = None,
         forward: Callable[[nn.Module, Any], object] | None = None,
+        mask: Any = None,
     ) -> None:
         lengths = {len(tensor) for tensor in _tensors(inputs)}
         if len(lengths) != 1:
@@ -64,9 +68,19 @@ class Probe:
         )
         self.batch_size = batch_size or max(self.n_samples, 1)
         self.forward = forward or _call
+        self.mask = None if mask is None else torch.as_tensor(mask).detach().clone()
+        if self.mask is None and isinstance(inputs, Mapping):
+            self.mask = mask_among(inputs)
+        if self.mask is not None and len(self.mask) != self.n_samples:
+            raise UsageError(
+                f"mask= has {len(self.mask)} rows for {self.n_samples} samples"
+            )
 
     def run(
-        self, model: nn.Module, *, before: Callable[[int], None] = lambda n: None
+        self,
+        model: nn.Module,
+        *,
+        before: Callable[[int, Tensor | None], None] = lambda n, mask: None,
     ) -> None:
         """Run the batch in eval mode without gradients, and restore everything.
 
@@ -77,13 +91,15 @@ class Probe:
 
         Args:
             model: The model; its hooks see the forward.
-            before: Called with the number of rows before each forward.
+            before: Called before each forward with its number of examples and their
+                mask.
         """
         with untouched(model), torch.no_grad():
             model.eval()
             for start in range(0, self.n_samples, self.batch_size):
                 stop = min(start + self.batch_size, self.n_samples)
-                before(stop - start)
+                mask = None if self.mask is None else self.mask[start:stop]
+                before(stop - start, mask)
                 self.forward(model, _slice(self.inputs, start, stop))
 
     @property

@@ -13,6 +13,8 @@ from repscope.errors import UnsupportedOutput
 REDUCTIONS = ("auto", "pool", "positions", "tokens", "flatten")
 """How values of more than two dimensions become rows: see `to_rows`."""
 
+_MASKS = ("attention_mask", "src_key_padding_mask")
+
 # Outputs of these have channels second also when they are three-dimensional.
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd,
@@ -33,8 +35,9 @@ def leaves(
     """Yield ``(path, tensor)`` for every floating tensor in a layer's output.
 
     A plain tensor has the path ``""``; a dict entry ``h`` has ``h``; the first entry
-    of a tuple in it ``h[0]``. ``None`` and tensors without floating values (masks,
-    token ids), plain numbers and text are passed over.
+    of a tuple in it ``h[0]``; a complex tensor has two parts, ``real`` and ``imag``.
+    ``None`` and tensors without floating values (masks, token ids), plain numbers and
+    text are passed over; quantized ones are given by the values they stand for.
 
     Args:
         value: What the module returned.
@@ -50,28 +53,32 @@ def leaves(
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return
     if isinstance(value, Tensor):
-        if value.is_nested:
-            raise UnsupportedOutput(
-                f"layer {layer!r} returned a nested tensor, whose rows differ in "
-                f"length; record a layer before it, or run without a padding mask"
-            )
-        if value.is_floating_point():
-            yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(item, layer=layer, path=f"{path}.{key}".lstrip("."))
+        yield from _parts(value, path)
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        named = [(f"{path}.{key}".lstrip("."), item) for key, item in value.items()]
     elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from leaves(item, layer=layer, path=f"{path}[{index}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        yield from leaves(fields, layer=layer, path=path)
+        named = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
     else:
         raise UnsupportedOutput(
             f"layer {layer!r} returned a {type(value).__name__} "
             f"{'at ' + path + ' ' if path else ''}that cannot be read as tensors; "
             f"record a layer inside or after it"
         )
+    for name, item in named:
+        yield from leaves(item, layer=layer, path=name)
+
+
+def _parts(value: Tensor, path: str) -> Iterator[tuple[str, Tensor]]:
+    if value.is_complex():
+        for part in ("real", "imag"):
+            yield f"{path}.{part}".lstrip("."), getattr(value, part)
+    elif value.is_quantized:
+        yield path, value.dequantize()
+    elif value.is_floating_point():
+        yield path, value
 
 
 def has_channels_first(
@@ -97,7 +104,13 @@ def has_channels_first(
     return known or value.ndim > 3
 
 
-def to_rows(value: Tensor, *, channels_first: bool, how: str = "auto") -> Tensor:
+def to_rows(
+    value: Tensor,
+    *,
+    channels_first: bool,
+    how: str = "auto",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Return ``value`` as rows ``(n_rows, n_features)``.
 
     ``(N, D)`` stays as it is and ``(N,)`` becomes one column. What has more dimensions
@@ -118,6 +131,7 @@ def to_rows(value: Tensor, *, channels_first: bool, how: str = "auto") -> Tensor
         value: One output tensor of a layer.
         channels_first: Whether three and more dimensions are a map.
         how: One of `REDUCTIONS`.
+        mask: Which tokens ``(N, T)`` a mean over time is of; None: all.
 
     Returns:
         A two-dimensional tensor; the rows of an example follow each other.
@@ -139,6 +153,10 @@ def to_rows(value: Tensor, *, channels_first: bool, how: str = "auto") -> Tensor
     if how == "pool" or (how == "auto" and channels_first):
         # Sums of half-precision maps would lose bits; the mean is taken in float32.
         wide = value.float() if value.element_size() < 4 else value
+        if mask is not None and mask.shape == value.shape[:-1]:
+            weight = mask.to(wide)[..., None]
+            mean = torch.where(weight > 0, wide, 0.0).sum(1) / weight.sum(1)
+            return mean.to(value.dtype)
         flat = wide.flatten(2) if channels_first else wide.flatten(1, -2).mT
         return flat.mean(-1).to(value.dtype)
     if how == "positions" and channels_first:
@@ -146,14 +164,18 @@ def to_rows(value: Tensor, *, channels_first: bool, how: str = "auto") -> Tensor
     return value.flatten(0, -2)
 
 
-def concatenate(parts: list[Tensor]) -> Tensor:
-    """Return the rows of several micro-batches or probe chunks as one tensor.
+def mask_among(inputs: Mapping[str, object]) -> Tensor | None:
+    """Return which tokens ``(N, T)`` count, if a model is told under a known name.
 
     Args:
-        parts: At least one tensor, equal but for the first dimension.
+        inputs: Keyword arguments of a model: ``attention_mask`` has ones where a token
+            counts, ``src_key_padding_mask`` where it is padding.
 
     Returns:
-        Their concatenation on the CPU.
+        A boolean tensor, or None.
     """
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.cpu().contiguous()
+    for name in _MASKS:
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
+            return mask.bool() if name == "attention_mask" else ~mask.bool()
+    return None

@@ -83,8 +83,17 @@ def at_steps(steps: Iterable[int]) -> Schedule:
     for step in wanted:
         if not isinstance(step, int) or step < 0:
             raise UsageError(f"at_steps needs step numbers >= 0, got {step!r}")
-    chosen = frozenset([0, *wanted])
-    return lambda step: step in chosen
+    return _AtSteps(frozenset([0, *wanted]))
+
+
+class _AtSteps:
+    """A schedule that ends: how many captures there will be is known."""
+
+    def __init__(self, steps: frozenset[int]) -> None:
+        self.steps = steps
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps
 
 
 def as_schedule(value: int | Schedule) -> Schedule:
@@ -106,4 +115,6 @@ def as_schedule(value: int | Schedule) -> Schedule:
             f"every= takes a number of steps, rs.every(k), rs.log_spaced(n), "
             f"rs.at_steps([...]) or a function of the step, got {value!r}"
         )
+    if isinstance(value, _AtSteps):
+        return value
     return lambda step: step == 0 or bool(value(step))

@@ -6,9 +6,10 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from repscope.errors import UnknownLayer, UsageError, suggest
+from repscope.errors import UnknownLayer, UnsupportedModule, UsageError, suggest
 
 LayerSpec = (
     str
@@ -135,6 +136,20 @@ def _by_one(spec: object, model: nn.Module) -> list[Selected]:
     return found
 
 
+def _check_hookable(what: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModule(
+            f"{what} is a ScriptModule, whose layers run without hooks: record the "
+            "module it was made from"
+        )
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        raise UnsupportedModule(
+            f"{what} is a DataParallel over {len(module.device_ids)} devices, which "
+            "runs copies of every layer at once: use DistributedDataParallel, one "
+            "process a device"
+        )
+
+
 def select(model: nn.Module, spec: LayerSpec) -> list[Selected]:
     """Return the layers that ``spec`` chooses, in order of definition.
 
@@ -149,12 +164,14 @@ def select(model: nn.Module, spec: LayerSpec) -> list[Selected]:
 
     Raises:
         UnknownLayer: If ``spec``, or one entry of a list, matches nothing.
+        UnsupportedModule: If hooks do not work on the model or on a chosen layer.
         UsageError: If ``spec`` is of another kind.
 
     Example:
         >>> [s.name for s in select(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.ReLU)]
         ['1']
     """  # noqa: DOC502 - both come from the helper that looks one entry up
+    _check_hookable("the model", model)
     single = isinstance(spec, str) or callable(spec)
     entries = [spec] if single else list(spec) if isinstance(spec, Iterable) else [spec]
     chosen: dict[str, Selected] = {}
@@ -162,6 +179,8 @@ def select(model: nn.Module, spec: LayerSpec) -> list[Selected]:
         for item in _by_one(entry, model):
             if item.exact or item.name not in chosen:
                 chosen[item.name] = item
+    for item in chosen.values():
+        _check_hookable(f"layer {item.name!r}", item.module)
     if not chosen:
         raise UnknownLayer("layers= is an empty list: it selects nothing")
     order = [name for name, _ in named_modules(model)]

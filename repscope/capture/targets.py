@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,7 +133,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def check_targets(
-    capture: str | tuple[str, ...] | list[str], *, optimizer: Optimizer | None
+    capture: str | Sequence[str], *, optimizer: Optimizer | None
 ) -> tuple[str, ...]:
     """Return the capture targets as a tuple of known names.
 
@@ -167,6 +167,7 @@ TARGETS: Mapping[str, Target] = {
     "outputs": Target("forward"),
     "inputs": Target("forward"),
     "output_gradients": Target("forward"),
+    "moments": Target("forward"),
     "weights": Target("state", weights),
     "optimizer_state": Target("state", optimizer_state, needs_optimizer=True),
     "weight_gradients": Target("update", gradients, needs_optimizer=True),

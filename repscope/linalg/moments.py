@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features
-from repscope.errors import MetricError, NotEnoughSamples
+from repscope._checks import as_features, as_tensor, check_finite
+from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
 
 # Rows converted to float64 at a time: bounds the copy, keeps the GEMM efficient.
 _BLOCK_ROWS = 8192
@@ -108,6 +109,15 @@ def rescaled(X: Tensor) -> tuple[Tensor, Tensor]:
     return X.to(torch.float64) * torch.exp2(-exponent)[..., None, None], exponent
 
 
+def _scatter(rows: Tensor) -> Tensor:
+    """Return ``rows.mT @ rows``; numpy's product of both halves the work on a CPU."""
+    if not rows.is_cpu:
+        return rows.mT @ rows
+    plain = rows.numpy()
+    with np.errstate(all="ignore"):  # what overflows is infinite, here as in torch
+        return torch.from_numpy(plain.T @ plain)
+
+
 class _Sums(NamedTuple):
     """Count, mean (as origin + offset) and centred scatter of some rows."""
 
@@ -118,10 +128,14 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, origin: Tensor) -> _Sums:
-        shifted = rows.to(torch.float64) - origin
-        offset = shifted.mean(0)
-        shifted -= offset
-        return cls(len(rows), origin, offset, shifted.mT @ shifted)
+        n, shifted = len(rows), rows - origin  # in float64, as origin is
+        offset, scatter = shifted.mean(0), _scatter(shifted)
+        # Usually the origin is close, and a correction of rank one loses no digit.
+        if bool((2 * n * offset.square() <= scatter.diagonal()).all()):
+            scatter -= torch.outer(offset, n * offset)
+        else:
+            scatter = _scatter(shifted - offset)
+        return cls(n, origin, offset, scatter)
 
     def __or__(self, other: _Sums) -> _Sums:
         # Chan, Golub and LeVeque (1983). Origins lie close together, so their
@@ -137,6 +151,47 @@ class _Sums(NamedTuple):
         )
 
 
+class _Ranks:
+    """What sums need of a process group of ``torch.distributed``.
+
+    Args:
+        group: The group; None for all ranks.
+
+    Raises:
+        UsageError: If this process is in no such group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        ready = dist.is_available() and dist.is_initialized()
+        if not ready or dist.get_rank(group) < 0:
+            raise UsageError(
+                "all_reduce needs a process group that this process belongs to; call "
+                "torch.distributed.init_process_group first"
+            )
+        self._dist, self._group = dist, group
+        self.rank = dist.get_rank(group)
+        # NCCL alone cannot send what is on the CPU.
+        nccl = dist.get_backend(group) == "nccl"
+        index = torch.cuda.current_device() if nccl else 0
+        self.device = torch.device("cuda", index) if nccl else torch.device("cpu")
+
+    def gather(self, *values: int) -> list[list[int]]:
+        """Return the values of every rank, in order."""
+        own = torch.tensor(values, device=self.device)
+        n = self._dist.get_world_size(self._group)
+        every = [torch.empty_like(own) for _ in range(n)]
+        self._dist.all_gather(every, own, group=self._group)
+        return [each.tolist() for each in every]
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks, where ``value`` is."""
+        sent = value.to(self.device, copy=True)
+        self._dist.all_reduce(sent, group=self._group)
+        return sent.to(value.device)
+
+
 class Moments:
     r"""Stream mean and covariance over blocks of rows, mergeable across workers.
 
@@ -144,6 +199,10 @@ class Moments:
     :math:`S = S_a + S_b + \frac{n_a n_b}{n_a + n_b}\,\delta\delta^\top`, so the result
     does not depend on how the rows were cut, even when the mean is a million times
     the spread.
+
+    Args:
+        finite: Refuse rows that are not finite. Otherwise they are taken in, and mean
+            and covariance are NaN from then on.
 
     References:
         Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance,
@@ -157,7 +216,8 @@ class Moments:
         [[2.0, 4.0], [4.0, 8.0]]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, finite: bool = True) -> None:
+        self._finite = finite
         self._sums: _Sums | None = None
 
     def __repr__(self) -> str:
@@ -175,8 +235,14 @@ class Moments:
 
         Raises:
             MetricError: If ``X`` is not a matrix.
+            NonFiniteError: If it is not finite, and should be.
         """
-        rows = as_features(X, minimum=0)
+        try:
+            rows = as_features(X, minimum=0)
+        except NonFiniteError:
+            if self._finite:
+                raise
+            rows = as_tensor(X)
         if rows.ndim != 2:
             raise MetricError(
                 f"Moments.update takes (n_samples, n_features), got "
@@ -209,6 +275,107 @@ class Moments:
         self._accept(self._sums | other._sums)
         return self
 
+    def all_reduce(self, group: Any = None) -> Moments:
+        r"""Take in the rows that all ranks of a process group have seen.
+
+        Every rank calls it, those without rows too, and every rank holds the same
+        afterwards. They agree on one origin and on the mean of all rows, and sum
+        :math:`S_r + n_r\,\delta_r\delta_r^\top` with :math:`\delta_r` the mean of a
+        rank less that of all: ``O(n_features**2)`` numbers are sent, however many rows
+        there were.
+
+        Args:
+            group: A process group of ``torch.distributed``; None for all ranks.
+
+        Returns:
+            Itself, so that calls chain.
+
+        Raises:
+            MetricError: On every rank, if they have seen different numbers of features
+                or the squared deviations leave the float64 range; nothing is changed.
+            UsageError: If this process is in no such group.
+        """  # noqa: DOC502 - partly raised by the group
+        ranks, own = _Ranks(group), self._sums
+        seen = ranks.gather(self.count, 0 if own is None else len(own.origin))
+        widths = sorted({width for n, width in seen if n})
+        if len(widths) > 1:
+            raise MetricError(
+                f"the ranks have seen {' and '.join(map(str, widths))} features; "
+                f"reduce the Moments of the same layer on every rank"
+            )
+        if not widths:
+            return self
+        home = ranks.device if own is None else own.origin.device
+        zeros = torch.zeros(widths[0], dtype=torch.float64, device=home)
+        leads = ranks.rank == next(rank for rank, (n, _) in enumerate(seen) if n)
+        origin = ranks.total(own.origin if own is not None and leads else zeros)
+        if own is None:
+            own = _Sums(0, origin, zeros, torch.outer(zeros, zeros))
+        total = sum(n for n, _ in seen)
+        gap = (own.origin - origin) + own.offset
+        offset = ranks.total(gap * (own.n / total))
+        apart = gap - offset
+        scatter = ranks.total(own.scatter + torch.outer(apart, apart) * own.n)
+        self._accept(_Sums(total, origin, offset, scatter))
+        return self
+
+    def to_tensor(self) -> Tensor:
+        """Return all there is as one tensor, which `from_tensor` takes back.
+
+        Returns:
+            Float64 on the CPU, shape ``(n_features + 3, n_features)``: in row 0 the
+            count in every column, in row 1 the origin, in row 2 the offset (the mean
+            is origin + offset), then the sum of the outer products of the deviations.
+
+        Raises:
+            NotEnoughSamples: If no rows were seen.
+
+        Example:
+            >>> Moments().update([[1.0, 0.0], [3.0, 4.0]]).to_tensor()
+            tensor([[2., 2.],
+                    [2., 2.],
+                    [0., 0.],
+                    [2., 4.],
+                    [4., 8.]], dtype=torch.float64)
+        """  # noqa: DOC502 - raised where the sums are looked up
+        sums = self._seen()
+        head = [torch.full_like(sums.origin, sums.n), sums.origin, sums.offset]
+        return torch.cat([torch.stack(head), sums.scatter]).cpu()
+
+    @classmethod
+    def from_tensor(cls, t: Any) -> Moments:
+        """Return the moments that `to_tensor` described.
+
+        Args:
+            t: Shape ``(n_features + 3, n_features)``, float64; it is copied.
+
+        Returns:
+            New moments, equal to the last bit.
+
+        Raises:
+            MetricError: If ``t`` has another shape or dtype, or holds what `to_tensor`
+                never returns.
+        """
+        packed = as_tensor(t).clone()
+        whole = packed.ndim == 2 and packed.shape[0] == packed.shape[-1] + 3 > 3
+        if not whole or packed.dtype != torch.float64:
+            raise MetricError(
+                f"moments are one float64 tensor (n_features + 3, n_features), got "
+                f"{packed.dtype} of shape {tuple(packed.shape)}"
+            )
+        check_finite(packed, name="the moments")
+        (counts, origin, offset), scatter = packed[:3], packed[3:]
+        n = int(counts[0])
+        if n < 1 or bool((counts != n).any() or (scatter.diagonal() < 0).any()):
+            raise MetricError(
+                f"these are no moments: row 0 starts with {float(counts[0])}, which "
+                f"should be one positive count in every column, or the diagonal of the "
+                f"scatter has a negative entry"
+            )
+        moments = cls()
+        moments._sums = _Sums(n, origin, offset, scatter)
+        return moments
+
     @property
     def count(self) -> int:
         """Rows seen."""
@@ -239,7 +406,8 @@ class Moments:
 
     def _accept(self, sums: _Sums | None) -> None:
         # A finite diagonal bounds every entry of a scatter matrix.
-        if sums is not None and not bool(torch.isfinite(sums.scatter.diagonal()).all()):
+        spread = None if sums is None else sums.scatter.diagonal()
+        if self._finite and spread is not None and not bool(spread.isfinite().all()):
             raise MetricError(
                 "the squared deviations leave the float64 range; divide the features "
                 "by a common scale first"

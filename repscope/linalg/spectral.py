@@ -13,7 +13,12 @@ from torch import Tensor
 from repscope._checks import as_features, as_tensor
 from repscope.errors import MetricError
 from repscope.linalg.eigen import clip_rounding, eigvalsh
-from repscope.linalg.moments import degrees_of_freedom, deviations, rescaled
+from repscope.linalg.moments import (
+    Moments,
+    degrees_of_freedom,
+    deviations,
+    rescaled,
+)
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -60,7 +65,7 @@ def covariance_eigenvalues(
     """Return the eigenvalues of the covariance of each of many feature matrices.
 
     Args:
-        Xs: Features, each ``(..., n_samples, n_features)``.
+        Xs: Features, each ``(..., n_samples, n_features)``, or `Moments` of them.
         names: What to call each in a message.
         center: Subtract the mean of each feature.
         ddof: Delta degrees of freedom of the normalisation.
@@ -69,7 +74,9 @@ def covariance_eigenvalues(
         One entry per input, in order, padded with exact zeros to ``n_features``.
     """
     parts = [
-        _condensed(X, name=name, center=center, ddof=ddof)
+        (_of_moments if isinstance(X, Moments) else _condensed)(
+            X, name=name, center=center, ddof=ddof
+        )
         for X, name in zip(Xs, names, strict=True)
     ]
     same_size: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
@@ -112,6 +119,7 @@ class _Condensed:
     exponent: Tensor
     constant: Tensor
     shape: tuple[int, int]
+    rank: int
 
     def finish(self, values: Tensor) -> Eigenvalues:
         """Clip, drop rounding noise and pad.
@@ -124,6 +132,7 @@ class _Condensed:
         """
         values = clip_rounding(values, name=self.name)
         values = _without_noise(values, max(self.shape) * _EPS)
+        values[..., self.rank :] = 0.0
         values = values.reshape(*self.constant.shape, -1)
         values = values.masked_fill(self.constant[..., None], 0.0)
         values = _padded(values, self.shape[1])
@@ -144,9 +153,31 @@ def _condensed(value: Any, *, name: str, center: bool, ddof: int) -> _Condensed:
     else:
         constant = features.eq(0).all(-1).all(-1)
     size = min(n, d)
-    return _Condensed(
-        name, matrices.reshape(-1, size, size), exponent, constant, (n, d)
-    )
+    matrices = matrices.reshape(-1, size, size)
+    rank = min(n - center, d)
+    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
+
+
+def _of_moments(moments: Moments, *, name: str, center: bool, ddof: int) -> _Condensed:
+    n = moments.count
+    divisor = degrees_of_freedom(n, ddof=ddof)
+    C, mean = moments.covariance(ddof=0), moments.mean
+    spread = C.diagonal().sqrt()
+    if center:
+        constant = (spread <= _EPS * mean.abs()).all()
+        _, exponent = rescaled(spread[None])
+    else:
+        constant = (spread + mean.abs()).eq(0).all()
+        _, exponent = rescaled(torch.stack([spread, mean]))
+    factor = torch.exp2(-exponent)
+    # Twice the factor, because its square may overflow before the product does.
+    C = C * factor * factor
+    if not center:
+        C += torch.outer(mean * factor, mean * factor)
+    d = len(mean)
+    rank = min(n - center, d)
+    matrices = (C * (n / divisor))[None]
+    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
 
 
 def _is_constant(

@@ -43,15 +43,17 @@ def spectrum(X: Any, *, center: bool = True, ddof: int = 1) -> Spectrum:
     ``max(n_samples, n_features) * eps`` of the largest, which is rounding.
 
     Args:
-        X: Features, shape ``(..., n_samples, n_features)``.
+        X: Features, shape ``(..., n_samples, n_features)``, or the `Moments` of some,
+            with the same result.
         center: Subtract the mean of each feature; without it, the spectrum of the
             second moment, with the same divisor.
         ddof: Delta degrees of freedom of the normalisation.
 
     Returns:
         Eigenvalues of shape ``(..., n_features)``. When no feature varies by more
-        than the rounding of its dtype they are zeros and ``degenerate`` is
-        ``"constant"`` (in a batch: when that holds for any of its matrices).
+        than the rounding of its dtype (float64 for `Moments`, which do not know it)
+        they are zeros and ``degenerate`` is ``"constant"`` (in a batch: when that
+        holds for any of its matrices).
 
     Example:
         >>> spectrum([[1.0, 0.0], [3.0, 4.0]]).eigenvalues
@@ -77,7 +79,8 @@ def spectra(
     Equal to ``spectrum`` in a loop; see there.
 
     Args:
-        X: Features by name or in a list, each ``(..., n_samples, n_features)``.
+        X: Features by name or in a list, each ``(..., n_samples, n_features)`` or
+            `Moments`.
         center: Subtract the mean of each feature.
         ddof: Delta degrees of freedom of the normalisation.
 

@@ -100,18 +100,26 @@ def run_order(run: Run) -> tuple[int, str, str]:
     return (known.index(name) if name in known else len(known), name, run.name)
 
 
-def _layer(groups: Groups, layer: str | None) -> str:
+def _layer(groups: Groups, layer: str | None, *, target: str = "outputs") -> str:
     first = next(iter(groups.values()))[0]
+    layers = [name for kind, name in first.streams if kind == target]
     if layer is None:
-        if not first.layers:
+        if not layers:
             raise UsageError(f"{first.name} has no recorded activations to draw")
-        hidden = [name for name in first.layers if name.startswith("hidden")]
-        return (hidden or first.layers)[-1]
-    if layer not in first.layers:
+        hidden = [name for name in layers if name.startswith("hidden")]
+        return (hidden or layers)[-1]
+    if layer not in layers:
         raise UnknownLayer(
-            f"{first.name} has no layer {layer!r}{suggest(layer, first.layers)}"
+            f"{first.name} has no layer {layer!r}{suggest(layer, layers)}"
         )
     return layer
+
+
+def _spectral(groups: Groups, layer: str | None) -> str:
+    """Return the target to take spectra of: outputs, or moments where only they are."""
+    streams = next(iter(groups.values()))[0].streams
+    known = {kind for kind, name in streams if layer in (None, name)}
+    return "moments" if "moments" in known and "outputs" not in known else "outputs"
 
 
 def _seeds(groups: Groups) -> str:
@@ -130,8 +138,10 @@ def _frames(results: Mapping[str, Any]) -> pd.DataFrame:
     return table.reset_index("optimizer").reset_index(drop=True)
 
 
-def _inputs(groups: Groups) -> str:
+def _inputs(groups: Groups, *, target: str = "outputs") -> str:
     first = next(iter(groups.values()))[0]
+    if target == "moments":
+        return "the rows streamed since the record before"
     probe = first.meta.get("recorder", {}).get("probe")
     return f"{probe['n_samples']} probe inputs" if probe else "the last training batch"
 
@@ -168,12 +178,14 @@ def spectrum(groups: Groups, layer: str | None) -> Drawn:
     Raises:
         UsageError: If the seeds differ in the width of the layer.
     """
-    chosen = _layer(groups, layer)
+    target = _spectral(groups, layer)
+    chosen = _layer(groups, layer, target=target)
     bands: dict[str, Band] = {}
     shares: dict[str, Band] = {}
     marks: dict[str, float] = {}
     for name, runs in groups.items():
-        found = spectra([run.read(chosen) for run in runs])
+        read = Run.moments if target == "moments" else Run.read
+        found = spectra([read(run, chosen) for run in runs])
         if len({s.n_features for s in found}) > 1:
             raise UsageError(f"the runs of {name!r} differ in the width of {chosen!r}")
         index = torch.arange(1, found[0].n_features + 1)
@@ -186,8 +198,9 @@ def spectrum(groups: Groups, layer: str | None) -> Drawn:
     plots.spectrum(shares, ax=right, marks=marks, normalize=True)
     caption = (
         f"Eigenvalues of the centred covariance of {chosen} at the last record, on "
-        f"{_inputs(groups)}: raw (left) and as shares of the trace (right). Marks: "
-        f"effective rank, exp of the entropy of the shares; {_seeds(groups)}."
+        f"{_inputs(groups, target=target)}: raw (left) and as shares of the trace "
+        f"(right). Marks: effective rank, exp of the entropy of the shares; "
+        f"{_seeds(groups)}."
     )
     return Drawn("spectrum", "Covariance spectra", caption, fig, _frames(bands))
 
@@ -259,11 +272,13 @@ def forgetting(groups: Groups, layer: str | None) -> Drawn:
 
 def rank_over_time(groups: Groups, layer: str | None) -> Drawn:
     """Return the effective rank over training, task by task."""
-    chosen = _layer(groups, layer)
+    target = _spectral(groups, layer)
+    chosen = _layer(groups, layer, target=target)
     bands: dict[str, Band] = {}
     n_tasks = 0
     for name, runs in groups.items():
         frame = measure(runs, metrics=["effective_rank"], layers=chosen)
+        frame = frame[frame["target"] == target]
         paths = [_rank_path(run, frame) for run in runs]
         n_tasks = max(n_tasks, *(_n_tasks(run) for run in runs))
         grid = torch.unique(torch.cat([x for x, _ in paths]))
@@ -282,7 +297,8 @@ def rank_over_time(groups: Groups, layer: str | None) -> Drawn:
         else ""
     )
     caption = (
-        f"Effective rank (eigenvalues, centred) of {chosen} on {_inputs(groups)}. "
+        f"Effective rank (eigenvalues, centred) of {chosen} on "
+        f"{_inputs(groups, target=target)}. "
         f"{axis}{_seeds(groups).capitalize()}."
     )
     return Drawn(

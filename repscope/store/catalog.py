@@ -213,14 +213,28 @@ class Catalog:
     def recorded(self, key: StreamKey) -> tuple[Ints, Ints]:
         """Return the ascending steps of a stream, and the latest record of each."""
         if key not in self._recorded:
-            found = [batch.recorded(key) for batch in self._batches]
-            steps = np.concatenate([np.zeros(0, np.int64), *(s for s, _ in found)])
-            records = np.concatenate([np.zeros(0, np.int64), *(r for _, r in found)])
-            order = np.lexsort((records, steps))
-            steps, records = steps[order], records[order]
+            steps, records = self._by_step(key)
             last = np.diff(steps, append=-1) != 0
             self._recorded[key] = steps[last], records[last]
         return self._recorded[key]
+
+    def occurrences(self, key: StreamKey) -> dict[tuple[int, int], int]:
+        """Return the records of a stream by step, and by how many there are before.
+
+        They are in ascending order.
+        """
+        steps, records = self._by_step(key)
+        before = np.arange(len(steps)) - np.searchsorted(steps, steps)
+        places = zip(steps.tolist(), before.tolist(), strict=True)
+        return dict(zip(places, records.tolist(), strict=True))
+
+    def _by_step(self, key: StreamKey) -> tuple[Ints, Ints]:
+        """Return step and number of every visible record of a stream, ascending."""
+        found = [batch.recorded(key) for batch in self._batches]
+        steps = np.concatenate([np.zeros(0, np.int64), *(s for s, _ in found)])
+        records = np.concatenate([np.zeros(0, np.int64), *(r for _, r in found)])
+        order = np.lexsort((records, steps))
+        return steps[order], records[order]
 
     def latest(self, key: StreamKey, step: int) -> int | None:
         """Return the latest record of a step that has the stream, or None."""

@@ -179,6 +179,6 @@ def _scalar_columns(records: Sequence[Record]) -> Iterator[Column]:
     for name, (numbers, values) in found.items():
         block = torch.tensor(values, dtype=torch.float64)
         column = Column((SCALARS, name), block[0], block)
-        for i, number in enumerate(numbers):
-            column.add(number, block[i : i + 1], source=block)
+        each = np.arange(len(block))
+        column.extend(block, np.array(numbers), each, np.ones_like(each))
         yield column

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from repscope.snapshot import StreamKey
+from repscope.snapshot import EXAMPLES, StreamKey
 
 Ints = npt.NDArray[np.int64]
 Index = slice | Ints
@@ -47,7 +47,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_AS}
 
 def is_rows(target: str) -> bool:
     """Return whether tensors of ``target`` are rows, not one tensor a record."""
-    return target in ROW_TARGETS or target == LABELS[0]
+    return target in ROW_TARGETS or target in (EXAMPLES, LABELS[0])
 
 
 def to_spans(values: Iterable[int]) -> list[list[int]]:
@@ -57,6 +57,11 @@ def to_spans(values: Iterable[int]) -> list[list[int]]:
         >>> to_spans([0, 100, 200, 300, 7])
         [[0, 4, 100], [7, 1, 0]]
     """
+    values = list(values)
+    if len(values) > 2:  # a regular schedule, at once
+        steps = np.diff(values)
+        if (steps == steps[0]).all():
+            return [[values[0], len(values), int(steps[0])]]
     spans: list[list[int]] = []
     for value in values:
         if spans and spans[-1][1] == 1:

@@ -67,12 +67,14 @@ class Pending:
             The bytes it will add to a segment.
         """
         record = _record(snapshot)
-        layouts = {
-            key: self._layout(key, tensor, record.step)
-            for key, tensor in record.tensors.items()
-        }
-        self._layouts.update(layouts)
-        size = record.nbytes - self._share_labels(record)
+        size = record.nbytes
+        if record.tensors:
+            layouts = {
+                key: self._layout(key, tensor, record.step)
+                for key, tensor in record.tensors.items()
+            }
+            self._layouts.update(layouts)
+            size -= self._share_labels(record)
         self.records.append(record)
         self.nbytes += size
         return size
@@ -124,7 +126,7 @@ def _record(snapshot: Snapshot) -> Record:
     step = operator.index(snapshot.step)
     if not 0 <= step < 2**63:
         raise UsageError(f"a step counts optimizer updates and is >= 0, got {step}")
-    layers = (name for key in snapshot.streams for name in key)
+    layers = [name for key in snapshot.streams for name in key]
     for name in (*layers, *snapshot.scalars, *snapshot.tags):
         if not isinstance(name, str):
             raise UsageError(f"layers, scalars and tags have text names, got {name!r}")
@@ -177,7 +179,7 @@ def _scalar(name: str, value: Tensor | float) -> Tensor | float:
                 f"scalar {name!r} must be one real number, got a tensor of shape "
                 f"{tuple(value.shape)} and dtype {value.dtype}"
             )
-        return value.detach().reshape(())
+        return value.detach().reshape(()) if value.ndim else value.detach()
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from repscope._checks import check_choice
 from repscope.errors import UnknownName, UsageError, suggest
-from repscope.snapshot import Snapshot, StreamKey
-from repscope.store import onefile
-from repscope.store.catalog import Catalog
+from repscope.linalg.moments import Moments
+from repscope.snapshot import EXAMPLES, Snapshot, StreamKey
+from repscope.store import shards
 from repscope.store.chunks import describe
 from repscope.store.contents import Trust
 from repscope.store.display import as_html, as_text
@@ -35,7 +35,10 @@ def open(path: str | os.PathLike[str], *, trust: Trust = "default") -> Run:
     Args:
         path: The directory that a Recorder made, or the one file that it or
             ``repscope pack`` made. A file ``a.h5`` that is still being recorded is
-            found in ``a.h5.rscope``.
+            found in ``a.h5.rscope``. A folder of the stores ``rank-0``, ``rank-1``, ...
+            of the ranks of one job is one run: rows and labels are those of all
+            ranks, in order; moments are merged and scalars averaged; all else is that
+            of rank 0. A step counts if all ranks have it.
         trust: ``"default"`` refuses, in a packed file, whatever RepScope never writes:
             links, data in other files, foreign filters, sizes that cannot be. In a
             directory no byte of a segment goes through HDF5. ``"untrusted"`` is for
@@ -50,6 +53,7 @@ def open(path: str | os.PathLike[str], *, trust: Trust = "default") -> Run:
         NotAStore: If there is no store.
         CorruptSegment: If its manifest is damaged.
         UntrustedStore: If it holds what a store never has.
+        ShardMismatch: If the store of a rank is missing, or is of another job.
 
     Example:
         >>> import tempfile, torch
@@ -87,7 +91,7 @@ class Run:
         Returns:
             The run itself.
         """
-        self._catalog = Catalog(onefile.located(self._where), trust=self._trust)
+        self._catalog = shards.catalog(self._where, trust=self._trust)
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Run], tuple[Path]]:
@@ -128,7 +132,7 @@ class Run:
     @property
     def streams(self) -> list[StreamKey]:
         """Every ``(target, layer)``, in order of first appearance."""
-        return self._catalog.streams()
+        return [key for key in self._catalog.streams() if key[0] != EXAMPLES]
 
     @property
     def layers(self) -> list[str]:
@@ -183,6 +187,35 @@ class Run:
         """
         key = self._key(target, layer)
         return self._catalog.load(key, self._record(key, step, tag))
+
+    def moments(self, layer: str, step: int = -1, *, tag: str | None = None) -> Moments:
+        """Return mean and covariance of a layer, streamed while it was recorded.
+
+        Args:
+            layer: Layer name.
+            step: A recorded step, or -1 for the last one that has them.
+            tag: Choose the record by its tag instead.
+
+        Returns:
+            Moments of the rows of the sampled steps since the record before.
+
+        Raises:
+            UnknownName: If the layer or the step has none.
+            MetricError: If what was recorded is not finite.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from repscope.store import create, open
+            >>> seen = Moments().update(torch.eye(2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     writer = create(f"{folder}/run", meta={})
+            ...     streams = {("moments", "fc"): seen.to_tensor()}
+            ...     writer.append(Snapshot(5, streams))
+            ...     writer.close()
+            ...     open(f"{folder}/run").moments("fc")
+            Moments(count=2, n_features=2)
+        """  # noqa: DOC502 - raised where it is found and unpacked
+        return Moments.from_tensor(self.read(layer, step, target="moments", tag=tag))
 
     def series(
         self,
@@ -271,20 +304,50 @@ class Run:
             return [self._record(key, step, None) for step in wanted.tolist()]
         return list(map(int, records[at]))
 
-    def labels(self, step: int = -1, *, tag: str | None = None) -> Tensor | None:
-        """Return the labels ``(n_samples,)`` of one record.
+    def labels(
+        self,
+        step: int = -1,
+        *,
+        tag: str | None = None,
+        layer: str | None = None,
+        target: str = "outputs",
+    ) -> Tensor | None:
+        """Return the labels of one record.
 
         Args:
             step: A recorded step, or -1 for the last one that has labels.
             tag: Choose the record by its tag instead.
+            layer: Return one label for each row of this layer: tokens take that of
+                their example.
+            target: What was recorded of the layer.
 
         Returns:
-            The labels, or None if that record has none.
+            Labels ``(n_samples,)``, with ``layer`` ``(n_rows,)``; or None if that
+            record has none, or none that belong to these rows.
         """
-        record = self._chosen(LABELS, step, tag)
+        key = LABELS if layer is None else self._key(target, layer)
+        record = self._chosen(key, step, tag)
         if record is None or not self._catalog.has(LABELS, record):
             return None
-        return self._catalog.load(LABELS, record)
+        if layer is None:
+            return self._catalog.load(LABELS, record)
+        if not self._catalog.has(key, record) or layer in self._unlabelled:
+            return None
+        snapshot = self._catalog.snapshot(record, self._with_examples([key]))
+        return snapshot.labels_of(layer, target=target)
+
+    @property
+    def _unlabelled(self) -> frozenset[str]:
+        return frozenset(self.meta.get("unlabelled", ()))
+
+    def _with_examples(self, keys: Iterable[StreamKey]) -> list[StreamKey]:
+        """Return streams, and those that say which example their rows belong to."""
+        found = []
+        for target, layer in keys:
+            beside = EXAMPLES, f"{target}:{layer}"
+            known = [beside] if beside in self._catalog.last else []
+            found += [(target, layer), *known]
+        return found
 
     def scalars(self) -> pd.DataFrame:
         """Return the scalars: one row per step, one float64 column per name.
@@ -319,7 +382,7 @@ class Run:
         keys = self._chosen_streams(target, layers)
         for record in self._catalog.records:
             if any(self._catalog.has(key, record) for key in keys):
-                yield self._catalog.snapshot(record, keys)
+                yield self._catalog.snapshot(record, self._with_examples(keys))
 
     # -- finding -------------------------------------------------------------
     def _key(self, target: str, layer: str) -> StreamKey:

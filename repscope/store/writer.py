@@ -9,10 +9,12 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from torch import Tensor
 
 from repscope.errors import (
     ClosedStore,
@@ -72,6 +74,7 @@ class Writer:
         self.max_store_bytes: int | None = None
         self.recovered: dict[str, Any] = {}
         self.recorded: frozenset[StreamKey] = frozenset()
+        self.release: Callable[[Iterable[Tensor]], None] | None = None
         self._pid = os.getpid()
         self._notes: dict[str, Any] = {}
         self._noted: int | None = None
@@ -299,6 +302,9 @@ class Writer:
             rows = self._pending.rows(first=self._logged)
             # Also of records that have only a tag, and no segment.
             new = [Batch(self._locate, 0, frame, seq)] if "steps" in frame else []
+        if self.release is not None:
+            for record in self._pending.records:
+                self.release(record.tensors.values())
         self._pending.clear()
         self._logged, self._notes, self._about = 0, {}, about
         self._noted = frame.get("progress")

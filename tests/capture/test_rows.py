@@ -39,11 +39,6 @@ def test_an_unreadable_output_is_named():
         paths({"h"})
     with pytest.raises(UnsupportedOutput, match=r"returned a function at \[1\]"):
         paths((torch.ones(1), paths))
-    nested = torch.nested.nested_tensor(
-        [torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged
-    )
-    with pytest.raises(UnsupportedOutput, match="'layer' returned a nested tensor"):
-        paths({"h": nested})
 
 
 def test_numbers_and_text_beside_tensors_are_passed_over():

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import repscope as rs
+from repscope import store
 from repscope.cli import main
 from repscope.cli.main import PLOT_KINDS
 from repscope.plots import PLOTS
 from repscope.report.figures import FIGURES
 from repscope.report.study import FIGURES_OF
+from repscope.snapshot import Snapshot
 from repscope.studies.summary import HEADLINE
 
 COMMAND = [
@@ -313,6 +315,36 @@ def test_check_repairs_a_deleted_manifest(recorded, capsys):
     assert rs.open(recorded).read("1").tolist() == before
     code, out, _ = run(capsys, "check", "--repair", "--format", "json", recorded)
     assert json.loads(out)[0]["repaired"] == {}
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """A store that has moments and no rows."""
+    path = tmp_path / "streamed"
+    writer = store.create(path, meta={})
+    for step in range(3):
+        moments = rs.Moments().update(torch.randn(40, 3)).to_tensor()
+        writer.append(Snapshot(step, {("moments", "fc"): moments}))
+    writer.close()
+    return path
+
+
+def test_moments_alone_are_shown_measured_and_drawn(streamed, tmp_path, capsys):
+    code, out, _ = run(capsys, "info", streamed)
+    assert code == 0
+    assert "6 x 3" in out
+    code, out, _ = run(capsys, "metrics", streamed, "--metric", "effective_rank")
+    assert code == 0
+    assert "moments" in out
+    for kind in ("spectrum", "rank_over_time"):
+        for layer in ((), ("--layer", "fc")):
+            file = tmp_path / f"{kind}.svg"
+            code, _, err = run(capsys, "plot", kind, streamed, *layer, "--out", file)
+            assert code == 0
+            assert "fc" in err
+            assert "since the record before" in " ".join(err.split())
+    code, _, err = run(capsys, "plot", "alignment", streamed, "--out", file)
+    assert (code, "no recorded activations" in err) == (2, True)
 
 
 def test_pack_makes_a_file_that_every_command_reads(recorded, tmp_path, capsys):

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repscope import Moments, covariance
-from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples
+from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
 from repscope.linalg.moments import rescaled
 
 
@@ -151,3 +154,121 @@ def test_rescaling_is_exact_and_of_order_one(value):
     assert np.array_equal(np.ldexp(scaled.numpy(), int(exponent)), X.numpy())
     if value > 1e-300:
         assert 0.5 <= float(scaled.abs().max()) <= 1
+
+
+# -- as a tensor -------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 50])
+def test_a_tensor_holds_all_there_is(n):
+    moments = Moments().update(torch.randn(n, 3) + 1e6).update(torch.randn(n, 3) + 1e6)
+    t = moments.to_tensor()
+    assert (t.shape, t.dtype, t.device.type) == ((6, 3), torch.float64, "cpu")
+    assert t[0].tolist() == [2 * n] * 3
+    assert torch.equal(t[1] + t[2], moments.mean)
+    assert torch.equal(t[3:] / (2 * n - 1), moments.covariance())
+    back = Moments.from_tensor(t)
+    assert torch.equal(back.to_tensor(), t)
+    t.zero_()
+    assert back.count == 2 * n
+    more = torch.randn(7, 3)
+    assert torch.equal(back.update(more).mean, moments.update(more).mean)
+
+
+def test_moments_without_rows_make_no_tensor():
+    with pytest.raises(NotEnoughSamples, match="seen no rows"):
+        Moments().to_tensor()
+
+
+def _changed(place, value):
+    t = Moments().update(torch.randn(9, 2)).to_tensor()
+    t[place] = value
+    return t
+
+
+@pytest.mark.parametrize(
+    ("t", "words"),
+    [
+        (torch.ones(5, 2), "float64 tensor .* got torch.float32 of shape .5, 2."),
+        (torch.ones(4, 2, dtype=torch.float64), "n_features . 3, n_features"),
+        (torch.ones(3, 0, dtype=torch.float64), "shape .3, 0."),
+        (torch.ones(4, dtype=torch.float64), "shape .4,"),
+        (torch.ones(2, 4, 1, dtype=torch.float64), "shape .2, 4, 1."),
+        (_changed((0, 0), 8.0), "starts with 8.0"),
+        (_changed(0, 0.0), "starts with 0.0"),
+        (_changed(0, 2.5), "starts with 2.5"),
+        (_changed((4, 1), -1.0), "negative entry"),
+        (_changed((2, 1), float("nan")), "the moments has 1 non-finite"),
+    ],
+)
+def test_a_tensor_of_something_else_is_refused(t, words):
+    with pytest.raises(MetricError, match=words):
+        Moments.from_tensor(t)
+
+
+# -- over ranks --------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory):
+    """Return what each of two ranks had and got in each case: rows, error, tensor."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("one_rank.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "2", folder],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=60)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return {name: [each[name] for each in found] for name in found[0]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "mean 1e6", "ranks far apart", "rank 0 saw none", "rank 1 saw one"],
+)
+def test_every_rank_holds_the_moments_of_all_rows(reduced, name):
+    rows, errors, tensors = zip(*reduced[name], strict=True)
+    assert errors == ("", "")
+    assert torch.equal(*tensors)
+    X, found = torch.cat(rows), Moments.from_tensor(tensors[0])
+    alone = Moments().update(X)
+    assert found.count == alone.count
+    close(found.mean, alone.mean)
+    for expected in (alone.covariance().numpy(), oracles.exact_covariance(X)):
+        gap = np.abs(found.covariance().numpy() - expected).max()
+        assert gap / np.abs(expected).max() <= 1e-10
+
+
+def test_ranks_without_rows_reduce_to_none(reduced):
+    assert [one[1:] for one in reduced["nobody saw any"]] == [("", None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("widths differ", "seen 5 and 7 features"), ("too far apart", "float64 range")],
+)
+def test_every_rank_refuses_and_keeps_what_it_had(reduced, name, words):
+    for rows, error, tensor in reduced[name]:
+        assert error.startswith("MetricError")
+        assert words in error
+        assert Moments.from_tensor(tensor).count == len(rows)
+
+
+def test_a_group_reduces_its_own_ranks_only(reduced):
+    (_, inside, first), (_, outside, second) = reduced["only rank 0"]
+    assert inside == ""
+    assert "belongs to" in outside
+    for tensor in (first, second):
+        assert Moments.from_tensor(tensor).count == 9
+
+
+def test_without_a_process_group_there_is_nothing_to_reduce_over():
+    with pytest.raises(UsageError, match="init_process_group first"):
+        Moments().all_reduce()

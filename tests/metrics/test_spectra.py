@@ -123,6 +123,84 @@ def test_a_bad_matrix_among_many_is_named():
         rs.spectra([good, good[:1]])
 
 
+# -- from moments ------------------------------------------------------------
+def moments_of(X, rows=64):
+    moments = rs.Moments()
+    for block in X.split(rows):
+        moments.update(block)
+    return moments
+
+
+@pytest.mark.parametrize("options", [{}, {"ddof": 0}, {"center": False}])
+@pytest.mark.parametrize(
+    ("n", "d"), [(200, 12), (9, 30), (30, 30), (31, 30), (2, 5), (50, 1)]
+)
+def test_moments_have_the_spectrum_of_their_rows(n, d, options):
+    X = relu_features(n, d).double() + 1.0
+    expected, found = rs.spectrum(X, **options), rs.spectrum(moments_of(X), **options)
+    top = float(expected.eigenvalues[0])
+    torch.testing.assert_close(
+        found.eigenvalues, expected.eigenvalues, rtol=1e-9, atol=1e-13 * top
+    )
+    assert torch.equal(found.eigenvalues > 0, expected.eigenvalues > 0)
+    for field in ("kind", "n_samples", "n_features", "ddof", "degenerate"):
+        assert getattr(found, field) == getattr(expected, field)
+    for name, metric in SPECTRUM_METRICS.items():
+        number = metric(found).item()
+        assert number == pytest.approx(metric(expected).item(), rel=1e-9), name
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("scale", [1e140, 1.0, 1e-140])
+def test_moments_of_any_scale_have_the_ranks_of_their_rows(scale, center):
+    X = relu_features(40, 6).double() * scale + 1e6 * scale
+    expected = rs.spectrum(X, center=center)
+    found = rs.spectrum(moments_of(X), center=center)
+    torch.testing.assert_close(
+        found.effective_rank, expected.effective_rank, rtol=1e-8, atol=0
+    )
+    torch.testing.assert_close(
+        found.eigenvalues[0], expected.eigenvalues[0], rtol=1e-9, atol=0
+    )
+
+
+def test_moments_with_a_mean_beyond_squaring_have_a_spectrum():
+    X = torch.tensor([[1e200, 1.0], [1e200, 3.0]], dtype=torch.float64)
+    assert rs.spectrum(moments_of(X)).eigenvalues.tolist() == [2.0, 0.0]
+    with pytest.raises(MetricError, match="variances of X leave the float64 range"):
+        rs.spectrum(moments_of(X), center=False)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
+def test_moments_of_a_constant_layer_have_rank_zero(value, center):
+    X = torch.full((1000, 3), value, dtype=torch.float64)
+    found = rs.spectrum(moments_of(X, rows=7), center=center)
+    flat = center or value == 0
+    assert found.degenerate == ("constant" if flat else None)
+    assert int((found.eigenvalues > 0).sum()) == (not flat)
+    assert found.effective_rank.item() == pytest.approx(float(not flat))
+
+
+def test_rows_and_moments_are_decomposed_together(monkeypatch):
+    calls = []
+    real = torch.linalg.eigvalsh
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda C: calls.append(C.shape) or real(C)
+    )
+    X = torch.randn(40, 6)
+    rows, moments, wide = rs.spectra([X, moments_of(X), moments_of(X[:4])])
+    assert calls == [(3, 6, 6)]
+    torch.testing.assert_close(moments.eigenvalues, rows.eigenvalues)
+    assert int((wide.eigenvalues > 0).sum()) == 3
+
+
+def test_moments_of_too_few_rows_have_no_spectrum():
+    for n in (0, 1):
+        with pytest.raises(NotEnoughSamples, match=f"at least 2 samples, got {n}"):
+            rs.spectrum(rs.Moments().update(torch.ones(n, 3)))
+
+
 # -- degenerate and extreme input --------------------------------------------
 @pytest.mark.parametrize("name", cases.CONSTANTS)
 def test_a_constant_layer_has_rank_zero_and_says_so(name):

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from repscope import store
-from repscope.errors import UnknownName, UsageError
+from repscope import Moments, store
+from repscope.errors import NonFiniteError, UnknownName, UsageError
 from repscope.snapshot import Snapshot
 
 
@@ -177,3 +177,33 @@ def test_the_page_is_short_and_safe_whatever_the_run(create):
     assert "<b>0" not in page
     assert "and 240 more streams" in page
     assert len(repr(store.open(w.path))) < 300
+
+
+def test_moments_come_back_as_they_were_recorded(create):
+    w, every = create(), []
+    for step in (5, 10):
+        every.append(Moments().update(torch.randn(20, 3) + step).to_tensor())
+        streams = {("moments", "fc1"): every[-1], ("outputs", "fc2"): torch.ones(2, 2)}
+        w.append(Snapshot(step, streams, tags=(f"at {step}",)))
+    w.append(Snapshot(15, {("moments", "fc1"): torch.full((6, 3), torch.nan).double()}))
+    w.close()
+    run = store.open(w.path)
+    assert torch.equal(run.moments("fc1", 10).to_tensor(), every[1])
+    assert torch.equal(run.moments("fc1", tag="at 5").to_tensor(), every[0])
+    assert torch.equal(run.read("fc1", 5, target="moments"), every[0])
+    assert run.series("fc1", steps=[5, 10], target="moments").shape == (2, 6, 3)
+    assert run.shapes["moments", "fc1"] == (6, 3)
+    assert run.layers == ["fc2"]
+    with pytest.raises(NonFiniteError, match="18 non-finite"):
+        run.moments("fc1")
+    for ask, words in {
+        ("fc2",): "no moments of a layer 'fc2'; did you mean 'fc1'",
+        ("fc1", 7): "no step 7; recorded nearest: steps 5, 10, 15",
+    }.items():
+        with pytest.raises(UnknownName, match=words):
+            run.moments(*ask)
+
+
+def test_a_run_without_moments_says_so(run):
+    with pytest.raises(UnknownName, match="no target 'moments'; did you mean"):
+        run.moments("fc1")
