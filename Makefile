@@ -7,10 +7,10 @@ JOBS ?= 2
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-faults lint docs bench clean
+.PHONY: help demo test test-slow test-faults test-integrations lint docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## compare SGD, AdamW and Shampoo on real data: runs/demo/report.html
 	@$(BIN)/repscope demo --out runs/demo --jobs $(JOBS)
@@ -23,6 +23,9 @@ test-slow: $(VENV)/.dev ## the slow tests
 
 test-faults: $(VENV)/.dev ## kills, power cuts, full disks, damage: prints the figures
 	@$(BIN)/pytest -q -m faults tests/faults
+
+test-integrations: $(VENV)/.integrations ## callbacks and sinks with Lightning, Transformers, TensorBoard, W&B
+	@$(BIN)/pytest -q -m integrations tests/integrations
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -65,6 +68,11 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing RepScope and its test tools into $(VENV)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.integrations: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing RepScope and what it integrates with into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made

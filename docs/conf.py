@@ -22,6 +22,8 @@ templates_path = ["_templates"]
 default_role = "py:obj"
 myst_heading_anchors = 3
 
+# Of extras that the documentation is built without.
+autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
