@@ -7,8 +7,8 @@ import ast
 import doctest
 import re
 import runpy
-import signal
 import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 

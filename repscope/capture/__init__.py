@@ -16,7 +16,7 @@ from repscope.capture.schedules import (
 )
 from repscope.capture.selection import LayerSpec, Selected, layers, select
 from repscope.capture.streaming import Streaming
-from repscope.capture.targets import TARGETS, Target, check_targets
+from repscope.capture.targets import TARGETS, Target, check_targets, is_sharded
 from repscope.capture.updates import Updates
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "at_steps",
     "check_targets",
     "every",
+    "is_sharded",
     "layers",
     "log_spaced",
     "original",

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 from repscope.capture.choice import Choice
 from repscope.capture.pool import Pool
 from repscope.capture.rows import has_channels_first, leaves, to_rows
+from repscope.capture.targets import is_sharded
 from repscope.errors import InsideTransform, UnsupportedLayout, UnsupportedOutput
 from repscope.snapshot import StreamKey
 
@@ -260,7 +261,7 @@ def check_leaf(leaf: Tensor, *, layer: str) -> None:
             f"layer {layer!r} has a tensor of layout {leaf.layout}; record a layer "
             "that returns dense tensors, or call to_dense() in the model"
         )
-    if hasattr(leaf, "full_tensor"):
+    if is_sharded(leaf):
         raise UnsupportedOutput(
             f"layer {layer!r} has a DTensor, of which each rank has a part; record a "
             "layer whose output is whole on every rank"

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repscope.capture.selection import named_modules
-from repscope.errors import MissingOptimizer, UnknownName, suggest
+from repscope.errors import MissingOptimizer, ShardedParameter, UnknownName, suggest
 
 Reader = Callable[[nn.Module, Optimizer | None], dict[str, Tensor]]
 
@@ -129,7 +130,36 @@ def _tensors(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _copy(value: Tensor) -> Tensor:
-    return value.detach().clone().cpu()
+    return whole(value.detach()).clone().cpu()
+
+
+def is_sharded(value: object) -> bool:
+    """Return whether a tensor is a DTensor, of which each rank has a part."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor with all its values: of a DTensor on all ranks together.
+
+    Args:
+        value: Any tensor.
+
+    Returns:
+        A plain tensor.
+
+    Raises:
+        ShardedParameter: If the other ranks cannot be asked.
+    """
+    if not is_sharded(value):
+        return value
+    if not torch.distributed.is_initialized():
+        raise ShardedParameter(
+            f"each rank has a part of this {tuple(value.shape)} parameter, and "
+            "torch.distributed has ended: close() the recorder on every rank before "
+            "destroy_process_group()"
+        )
+    full: Tensor = value.full_tensor()  # type: ignore[attr-defined]
+    return full
 
 
 def check_targets(

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from repscope.capture.hooks import Taps
-from repscope.capture.targets import TARGETS, parameters
+from repscope.capture.targets import TARGETS, parameters, whole
 from repscope.snapshot import StreamKey
 
 
@@ -145,8 +145,8 @@ class Updates:
             with torch.no_grad():
                 now = parameters(model) if self._before else {}
                 for name, value in now.items():
-                    step = (value - self._before[name]).cpu()
-                    self._streams["updates", name] = step
+                    step = whole(value - self._before[name])
+                    self._streams["updates", name] = step.cpu()
         except Exception as error:  # noqa: BLE001 - a hook must never break a step
             self.error = self.error or error
         self._before = {}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from repscope.capture import is_sharded
 from repscope.errors import CaptureError, UsageError
 from repscope.linalg import Moments
 
@@ -104,11 +105,6 @@ def connect(mode: Mode, model: nn.Module, targets: tuple[str, ...]) -> Ranks | N
         return None
     group = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
     return Ranks(group)
-
-
-def is_sharded(value: object) -> bool:
-    """Return whether a tensor is a DTensor, of which each rank has a part."""
-    return hasattr(value, "full_tensor")
 
 
 def refuse_equal_probes(ranks: Ranks, sha256: str) -> None:
