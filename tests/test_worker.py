@@ -151,7 +151,7 @@ def net():
 def hold(recorder):
     """Keep the thread of a recorder busy; return what lets it go on."""
     slow = Slow()
-    recorder._delivery._worker.put(slow, nbytes=0)
+    recorder._delivery.worker.put(slow, nbytes=0)
     return slow.go
 
 
@@ -235,7 +235,7 @@ def test_the_death_of_the_thread_surfaces_at_the_next_step(
     recorder._delivery._writer.append = fail
     train(model, recorder, 1)
     go.set()
-    recorder._delivery._worker.call(lambda: None)
+    recorder._delivery.worker.call(lambda: None)
     if on_error == "raise":
         with pytest.raises(OSError, match="the disk is gone"):
             train(model, recorder, 1)
@@ -374,7 +374,7 @@ from repscope.recorder import worker
 worker.has_spare_core = lambda: True
 model = nn.Sequential(nn.Linear(4, 4))
 rec = rs.Recorder(model, sys.argv[1], every=1)
-rec._delivery._worker.put(lambda: time.sleep(0.5), nbytes=0)
+rec._delivery.worker.put(lambda: time.sleep(0.5), nbytes=0)
 for _ in range(30):
     model(torch.ones(2, 4)).sum().backward()
     rec.step()
@@ -400,7 +400,7 @@ worker.has_spare_core = lambda: True
 recorder._EXIT_SECONDS = 1.0
 model = nn.Sequential(nn.Linear(4, 4))
 rec = rs.Recorder(model, sys.argv[1], every=1)
-rec._delivery._worker.put(lambda: time.sleep(100), nbytes=0)
+rec._delivery.worker.put(lambda: time.sleep(100), nbytes=0)
 rec.step()
 """
     start = time.monotonic()

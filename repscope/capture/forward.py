@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from repscope.capture.targets import is_sharded
 from repscope.errors import InsideTransform, UnsupportedLayout, UnsupportedOutput
 from repscope.snapshot import StreamKey
 
+_USUAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 Fill = Callable[[Tensor], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """Rows ``(n_rows, n_features)`` and where they come from.
 
     Attributes:
@@ -118,10 +119,7 @@ class Forward:
         self._calls[target, layer] += 1
         stream = f"{layer}@{call}" if call else layer
         wanted, found, late = self.settings.targets, 0, list[Fill]()
-        for path, leaf in leaves(value, layer=layer):
-            check_leaf(leaf, layer=layer)
-            if not has_data(leaf):
-                continue
+        for path, leaf in readable(value, layer=layer):
             found += 1
             name = f"{stream}:{path}" if path else stream
             rows = self._rows(module, leaf.detach())
@@ -143,6 +141,8 @@ class Forward:
     def _rows(self, module: nn.Module, leaf: Tensor) -> Rows:
         if leaf.is_nested:
             return _of_nested(leaf)
+        if leaf.ndim == 2 and len(leaf) == self.n:
+            return Rows(leaf, len(leaf), total=len(leaf))  # the usual case, at once
         value, ordered = _examples_first(leaf, module, self.n)
         first = has_channels_first(value, module, maps=self._maps)
         mask = None if first else self.mask
@@ -174,7 +174,7 @@ class Forward:
         if chosen is not None:
             values = values[chosen.to(values.device)]
         values = settings.pool.copy(values, dtype=dtype)
-        return dataclasses.replace(rows, values=values, chosen=chosen)
+        return rows._replace(values=values, chosen=chosen)
 
     def _ask(
         self, name: str, module: nn.Module, leaf: Tensor, total: int
@@ -236,6 +236,36 @@ def _examples_first(
     if second and (time_first or leaf.shape[0] != n):
         return leaf.transpose(0, 1), True
     return leaf, leaf.shape[0] == n
+
+
+def readable(value: object, *, layer: str) -> Iterable[tuple[str, Tensor]]:
+    """Return the tensors with data in what a layer was given or returned, and paths.
+
+    Args:
+        value: What a layer was given or returned.
+        layer: Name for the message.
+
+    Returns:
+        As `leaves` yields them.
+    """
+    if (
+        type(value) is Tensor
+        and value.dtype in _USUAL
+        and value.layout is torch.strided
+        and not value.is_nested
+        and not value.is_meta
+        and not torch._C._get_tracing_state()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    ):
+        return (("", value),)  # the usual case, at once
+    return _readable(value, layer)
+
+
+def _readable(value: object, layer: str) -> Iterator[tuple[str, Tensor]]:
+    for path, leaf in leaves(value, layer=layer):
+        check_leaf(leaf, layer=layer)
+        if has_data(leaf):
+            yield path, leaf
 
 
 def check_leaf(leaf: Tensor, *, layer: str) -> None:

@@ -45,6 +45,8 @@ def join(pieces: Sequence[Piece], *, choice: Choice | None) -> Joined | None:
     Returns:
         None if there are no rows at all.
     """
+    if len(pieces) == 1 and (whole := _untouched(pieces[0], choice)) is not None:
+        return Joined(whole, None, False)
     there = [(p.rows, p.first_example, p.mask) for p in pieces if p.rows is not None]
     if not there:
         return None
@@ -71,6 +73,15 @@ def join(pieces: Sequence[Piece], *, choice: Choice | None) -> Joined | None:
     chosen = None if choice is None else choice.of(torch.cat(numbers)[index])
     index = index if chosen is None else index[chosen]
     return Joined(values[index], torch.cat(examples)[index], any(masks))
+
+
+def _untouched(piece: Piece, choice: Choice | None) -> Tensor | None:
+    """Return the rows of the usual piece, of which all are kept."""
+    rows = piece.rows
+    if rows is None or piece.mask is not None or rows.examples is not None:
+        return None
+    few = choice is None or rows.total <= choice.most
+    return rows.values if few else None
 
 
 def _fits(mask: Tensor, rows: Rows) -> bool:

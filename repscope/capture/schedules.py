@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable
 
 from repscope.errors import UsageError
 
 Schedule = Callable[[int], bool]
+
+NEVER = 2**63
 
 
 def every(k: int) -> Schedule:
@@ -28,7 +31,7 @@ def every(k: int) -> Schedule:
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise UsageError(f"every(k) needs a positive number of steps, got {k!r}")
-    return lambda step: step % k == 0
+    return _Every(k)
 
 
 def log_spaced(n: int) -> Schedule:
@@ -51,16 +54,7 @@ def log_spaced(n: int) -> Schedule:
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise UsageError(f"log_spaced(n) needs a positive count, got {n!r}")
-
-    def due(step: int) -> bool:
-        if step < 1:
-            return step == 0
-        nearest = round(n * math.log10(step))
-        return any(
-            round(10 ** (i / n)) == step for i in range(nearest - 1, nearest + 2)
-        )
-
-    return due
+    return _LogSpaced(n)
 
 
 def at_steps(steps: Iterable[int]) -> Schedule:
@@ -86,14 +80,44 @@ def at_steps(steps: Iterable[int]) -> Schedule:
     return _AtSteps(frozenset([0, *wanted]))
 
 
+class _Every:
+    def __init__(self, k: int) -> None:
+        self._k = k
+
+    def __call__(self, step: int) -> bool:
+        return step % self._k == 0
+
+    def next(self, step: int) -> int:
+        return (step // self._k + 1) * self._k
+
+
+class _LogSpaced:
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def __call__(self, step: int) -> bool:
+        return step == 0 or (step > 0 and self.next(step - 1) == step)
+
+    def next(self, step: int) -> int:
+        i = math.floor(self._n * math.log10(step)) if step > 0 else 0
+        while (due := round(10 ** (i / self._n))) <= step:
+            i += 1
+        return due
+
+
 class _AtSteps:
     """A schedule that ends: how many captures there will be is known."""
 
     def __init__(self, steps: frozenset[int]) -> None:
         self.steps = steps
+        self._sorted = sorted(steps)
 
     def __call__(self, step: int) -> bool:
         return step in self.steps
+
+    def next(self, step: int) -> int:
+        later = bisect.bisect_right(self._sorted, step)
+        return self._sorted[later] if later < len(self._sorted) else NEVER
 
 
 def as_schedule(value: int | Schedule) -> Schedule:
@@ -115,6 +139,6 @@ def as_schedule(value: int | Schedule) -> Schedule:
             f"every= takes a number of steps, rs.every(k), rs.log_spaced(n), "
             f"rs.at_steps([...]) or a function of the step, got {value!r}"
         )
-    if isinstance(value, _AtSteps):
+    if isinstance(value, _Every | _LogSpaced | _AtSteps):
         return value
     return lambda step: step == 0 or bool(value(step))

@@ -51,14 +51,19 @@ class Updates:
         self._streams: dict[StreamKey, Tensor] = {}
         me = weakref.ref(self)
 
+        # Most updates are only counted: these two cost little then.
         def before(_: Optimizer, args: Any, kwargs: Any) -> Any:
             watcher = me()
-            return None if watcher is None else watcher._begin(args, kwargs)
+            if watcher is None or not (watcher.due or taps.on):
+                return None
+            return watcher._begin(args, kwargs)
 
         def after(*_: Any) -> None:
             watcher = me()
             if watcher is not None:
-                watcher._end()
+                watcher._count += 1
+                if watcher.due or taps.on:
+                    watcher._end()
 
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(before),
@@ -76,6 +81,13 @@ class Updates:
         if self.error is not None:
             raise self.error
         return count, streams
+
+    def take_one(self) -> bool:
+        """Return whether there was one update since the last drain, and forget it."""
+        if self._count != 1 or self._streams or self.error is not None:
+            return False
+        self._count = 0
+        return True
 
     def detach(self) -> None:
         """Remove the hooks; safe to call twice."""
@@ -136,7 +148,6 @@ class Updates:
                 self._streams |= {(target, name): value for name, value in found}
 
     def _end(self) -> None:
-        self._count += 1
         self._taps.pause()
         model = self._model()
         if self._count > 1 or model is None:

@@ -7,7 +7,7 @@ digit once the mean is large against the spread.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, Usage
 
 # Rows converted to float64 at a time: bounds the copy, keeps the GEMM efficient.
 _BLOCK_ROWS = 8192
+_GATHERED_ROWS = 1024
 
 
 def covariance(X: Any, *, center: bool = True, ddof: int = 1) -> Tensor:
@@ -128,8 +129,11 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, origin: Tensor) -> _Sums:
-        n, shifted = len(rows), rows - origin  # in float64, as origin is
-        offset, scatter = shifted.mean(0), _scatter(shifted)
+        return cls.around(rows - origin, origin)  # in float64, as origin is
+
+    @classmethod
+    def around(cls, shifted: Tensor, origin: Tensor) -> _Sums:
+        n, offset, scatter = len(shifted), shifted.mean(0), _scatter(shifted)
         # Usually the origin is close, and a correction of rank one loses no digit.
         if bool((2 * n * offset.square() <= scatter.diagonal()).all()):
             scatter -= torch.outer(offset, n * offset)
@@ -420,3 +424,88 @@ class Moments:
             raise MetricError(
                 f"these Moments have {ours} features, the new rows {theirs}"
             )
+
+
+class Gathering:
+    """Takes few rows at a time: one product over many costs less than many over few.
+
+    Its memory does not grow with the number of rows. Rows that are not finite make
+    what it says NaN, except the count.
+
+    Example:
+        >>> gathering = Gathering()
+        >>> for row in ([[1.0, 0.0]], [[3.0, 4.0]]):
+        ...     gathering.update(torch.tensor(row))
+        >>> gathering.finish().mean.tolist()
+        [2.0, 2.0]
+    """
+
+    def __init__(self) -> None:
+        self._done = Moments(finite=False)
+        self._rows: Tensor | None = None  # those that wait, less the origin
+        self._waiting = 0
+        self._sums: _Sums | None = None  # around the origin, not the mean
+
+    def update(self, rows: Tensor) -> None:
+        """Take in rows.
+
+        Args:
+            rows: ``(n_samples, n_features)`` on the CPU; they may be reused afterwards.
+
+        Raises:
+            MetricError: If there were other numbers of features before.
+        """  # noqa: DOC502 - raised by the check
+        for block in torch.split(rows, _GATHERED_ROWS) if len(rows) else ():
+            if self._sums is None:
+                self._begin(block.mean(0, dtype=torch.float64))
+            self._sums = cast("_Sums", self._sums)
+            Moments._check_width(len(self._sums.origin), rows.shape[1])
+            if self._rows is None or self._rows.shape[1] != rows.shape[1]:
+                size = _GATHERED_ROWS, rows.shape[1]
+                self._rows = torch.empty(size, dtype=torch.float64)
+            if self._waiting + len(block) > _GATHERED_ROWS:
+                self._fold()
+            place = self._rows[self._waiting : self._waiting + len(block)]
+            torch.sub(block, self._sums.origin, out=place)
+            self._waiting += len(block)
+
+    def _begin(self, origin: Tensor) -> None:
+        zero = torch.zeros_like(origin)
+        self._sums = _Sums(0, origin, zero, torch.outer(zero, zero))
+
+    def _fold(self) -> None:
+        """Add up the rows that wait."""
+        n, rows, sums = self._waiting, self._rows, self._sums
+        if not n or rows is None or sums is None:
+            return
+        self._waiting = 0
+        shifted = rows[:n]
+        total, products = shifted.sum(0), _scatter(shifted)
+        if bool((2 * total.square() > n * products.diagonal()).any()):
+            # The mean has drifted away: a new origin, before digits are lost.
+            self._settle()
+            mean = total / n
+            self._begin(sums.origin + mean)
+            shifted -= mean
+            total, products = shifted.sum(0), _scatter(shifted)
+            sums = cast("_Sums", self._sums)
+        sums.offset.add_(total)
+        sums.scatter.add_(products)
+        self._sums = sums._replace(n=sums.n + n)
+
+    def _settle(self) -> None:
+        """Turn sums around the origin into moments, and begin anew."""
+        sums, self._sums = self._sums, None
+        if sums is not None and sums.n:
+            n, origin, total, products = sums
+            scatter = products - torch.outer(total / n, total)
+            moments = Moments(finite=False)
+            moments._sums = _Sums(n, origin, total / n, scatter)
+            self._done.merge(moments)
+
+    def finish(self) -> Moments:
+        """Return the moments of the rows since the last call, and begin anew."""
+        self._fold()
+        self._settle()
+        moments, self._done = self._done, Moments(finite=False)
+        return moments

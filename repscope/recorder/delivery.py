@@ -46,6 +46,7 @@ class Delivery:
         ranks: The processes of a distributed job, if moments are reduced over them.
 
     Attributes:
+        worker: As given.
         progress: Optimizer updates done.
     """
 
@@ -58,12 +59,12 @@ class Delivery:
         sinks: Sequence[Sink],
         ranks: Ranks | None,
     ) -> None:
-        self._writer, self._worker = writer, worker
+        self._writer, self.worker = writer, worker
         self._pool, self._sinks, self._ranks = pool, [*sinks], ranks
         self._streaming = Streaming()
         self._dropped: list[int] = []
         # Scalars of steps that are not captured: handed over many at a time.
-        self._late: deque[Snapshot] = deque()
+        self._late: deque[tuple[int, Mapping[str, Number]]] = deque()
         self._sent = time.monotonic()
         self._known: frozenset[StreamKey] = frozenset()
         self.progress = self._first = 0
@@ -71,11 +72,6 @@ class Delivery:
             self.progress = self._first = writer.progress or 0
             self._known = writer.recorded
             writer.release = pool.take_back
-
-    @property
-    def error(self) -> Exception | None:
-        """The first error of a delivery that nobody waited for."""
-        return self._worker.error
 
     @property
     def closed(self) -> bool:
@@ -86,25 +82,12 @@ class Delivery:
         """Return whether a resumed store has a target at the step it starts from."""
         return any(target == known for known, _ in self._known)
 
-    def check(self) -> None:
-        """Raise the error of a delivery that nobody waited for.
-
-        Raises:
-            Exception: The first.
-        """  # noqa: DOC502 - re-raised as it was
-        self._worker.check()
-
     def scalars(self, step: int, scalars: Mapping[str, Number]) -> None:
         """Have the scalars of a step recorded that is not captured."""
-        with contextlib.suppress(IndexError):  # the loss may follow other scalars
-            last = self._late.pop()
-            if last.step == step:
-                scalars = {**last.scalars, **scalars}
-            else:
-                self._late.append(last)
-        self._late.append(Snapshot(step, {}, scalars=scalars))
+        late = self._late
+        late.append((step, scalars))
         waited = time.monotonic() - self._sent > _LATE_SECONDS
-        if len(self._late) >= _LATE_CALLS or waited or self._worker.waits_always:
+        if len(late) >= _LATE_CALLS or waited or self.worker.waits_always:
             self.send(None)
 
     def send(
@@ -130,24 +113,25 @@ class Delivery:
         nbytes = sum(tensor.nbytes for tensor in tensors)
         job = partial(self._deliver, snapshots, self.progress, rows, moments)
         if moments and self._ranks is not None:
-            self._worker.call(job)  # all ranks at the same place of the program
-        elif not self._worker.put(job, nbytes=nbytes):
+            self.worker.call(job)  # all ranks at the same place of the program
+        elif not self.worker.put(job, nbytes=nbytes):
             self._dropped.append(step)
             self.note(dropped_steps=[*self._dropped])
 
     def _take_late(self) -> list[Snapshot]:
         self._sent = time.monotonic()
-        taken = []
+        taken: dict[int, dict[str, Number]] = {}
         # One by one: a signal handler may take some of them in between.
         while self._late:
             with contextlib.suppress(IndexError):
-                taken.append(self._late.popleft())
-        return taken
+                step, scalars = self._late.popleft()
+                taken.setdefault(step, {}).update(scalars)
+        return [Snapshot(step, {}, scalars=each) for step, each in taken.items()]
 
     def note(self, **facts: object) -> None:
         """Note facts in the store; the next commit writes them."""
-        if self._writer is not None and self._worker.error is None:
-            self._worker.put(partial(self._writer.annotate, **facts), nbytes=0)
+        if self._writer is not None and self.worker.error is None:
+            self.worker.put(partial(self._writer.annotate, **facts), nbytes=0)
 
     def commit(self, *, moments: bool, together: bool = True) -> None:
         """Make everything durable that was sent.
@@ -156,7 +140,7 @@ class Delivery:
             moments: Also the moments kept so far.
             together: All ranks do so.
         """
-        self._worker.call(self._commit_job(moments, together))
+        self.worker.call(self._commit_job(moments, together))
 
     def close(
         self,
@@ -176,14 +160,14 @@ class Delivery:
         """
         commit = self._commit_job(moments, together)
         job = partial(self._close, commit, interrupted)
-        self._worker.call(job, timeout=timeout)
-        self._worker.stop()
+        self.worker.call(job, timeout=timeout)
+        self.worker.stop()
 
     def undo(self, *, new: bool) -> None:
         """Leave nothing half-written behind a recorder that could not be built."""
         if self._writer is not None:
-            self._worker.call(self._writer.discard if new else self._writer.abort)
-        self._worker.stop()
+            self.worker.call(self._writer.discard if new else self._writer.abort)
+        self.worker.stop()
 
     def _commit_job(self, moments: bool, together: bool) -> Callable[[], None]:
         return partial(

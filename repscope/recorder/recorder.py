@@ -226,6 +226,8 @@ class Recorder:
             reuse=not sinks,
         )
         self._due = as_schedule(every)
+        self._next: Callable[[int], int] | None = getattr(self._due, "next", None)
+        self._quiet_until = 0  # up to this step only scalars have to be kept
         self._on_error = on_error
         self.error: Exception | None = None
         self.step_number = 0
@@ -371,6 +373,10 @@ class Recorder:
             ClosedStore: If the recorder was closed.
             Exception: With ``on_error="raise"``, whatever went wrong.
         """  # noqa: DOC502 - re-raised as it was
+        if self.step_number + 1 < self._quiet_until and self._step_quietly(
+            loss, scalars
+        ):
+            return
         if self._closed:
             raise ClosedStore(f"step() after close() of the recorder at {self.path}")
         try:
@@ -383,11 +389,12 @@ class Recorder:
                 self._due_now = self._due(self.step_number)
                 self._tell_others()
                 return
-            self._delivery.check()
+            self._delivery.worker.check()
             told = Told(None if loss is None else _own(loss), labels, mask, {
                 name: _own(value) for name, value in scalars.items()
             })  # fmt: skip
             if not done:
+                self._quiet_until = 0
                 self._taps.settle()  # what comes next is another micro-batch
                 self._held.add(told)
                 return
@@ -474,6 +481,33 @@ class Recorder:
             error.add_note(f"The recorder at {self.path} also failed: {ours}")
 
     # -- one step -------------------------------------------------------------
+    def _step_quietly(self, loss: Number | None, scalars: Mapping[str, Number]) -> bool:
+        """Do the little there is to do at most steps.
+
+        Nothing is due and no call waits for an update. Few lines, because training has
+        just driven all of this out of the caches.
+
+        Returns:
+            Whether that was all.
+        """
+        delivery, updates = self._delivery, self._updates
+        worker = delivery.worker
+        if worker.error is not None or worker.pid != os.getpid():
+            return False
+        if updates is not None and not updates.take_one():
+            return False
+        step = self.step_number
+        self.step_number = delivery.progress = step + 1
+        try:
+            if loss is not None:
+                delivery.scalars(step, {"loss": _own(loss)})
+            if scalars:
+                own = {name: _own(value) for name, value in scalars.items()}
+                delivery.scalars(step + 1, own)
+        except Exception as error:  # noqa: BLE001 - the policy decides what happens
+            self._fail(error)
+        return True
+
     def _end_step(
         self, before: int, told: Told, streams: dict[StreamKey, Tensor]
     ) -> None:
@@ -491,8 +525,7 @@ class Recorder:
             self._send(step, self._look(), told.scalars)
         elif told.scalars:
             self._delivery.scalars(step, told.scalars)
-        if was_due or self._due_now:
-            self._follow()
+        self._follow()
 
     def _training_rows(self, told: Told) -> _Seen:
         """Return what the forwards of the step that ended left."""
@@ -578,6 +611,10 @@ class Recorder:
             )
 
     def _follow(self) -> None:
+        """Prepare for what comes next."""
+        self._quiet_until = 0
+        if self._next is not None and not self._due_now and self.error is None:
+            self._quiet_until = self._next(self.step_number)
         self._taps.follow_training(self._plan.live and self._due_now)
         if self._updates is not None:
             self._updates.due = self._due_now
@@ -599,6 +636,7 @@ class Recorder:
 
     # -- the end, good or bad -------------------------------------------------
     def _detach(self) -> None:
+        self._quiet_until = 0
         self._taps.detach()
         if self._updates is not None:
             self._updates.detach()
@@ -616,7 +654,7 @@ class Recorder:
                 self.error = error
         moments = moments and self.error is None
         end(moments=moments, together=together)
-        self.error = self.error or self._delivery.error
+        self.error = self.error or self._delivery.worker.error
 
     def _agree(self) -> None:
         """Go on with all ranks, or with none."""
@@ -674,5 +712,8 @@ def _as_mask(mask: Any) -> Tensor | None:
 
 
 def _own(value: Number) -> Number:
-    # A copy: the user's loop may reuse the tensor before the store reads it.
+    # A copy: the user's loop may reuse the tensor before the store reads it. On the CPU
+    # nothing has to be waited for.
+    if type(value) is Tensor and value.is_cpu and value.numel() == 1:
+        return float(value.item())
     return value.detach().clone() if isinstance(value, Tensor) else float(value)

@@ -40,6 +40,7 @@ class Worker:
     Attributes:
         error: The first error of a job that nobody waited for.
         waits_always: As given.
+        pid: The process it belongs to.
     """
 
     def __init__(self, *, policy: Policy, queue_bytes: int, waits: bool) -> None:
@@ -50,7 +51,7 @@ class Worker:
         self._jobs: SimpleQueue[_Task | None] = SimpleQueue()
         # Each is written by one thread only, so that no lock has to guard them.
         self._given = self._done = 0
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._thread = threading.Thread(
             target=_run, args=(self._jobs, self), name="repscope", daemon=True
         )
@@ -146,9 +147,9 @@ class Worker:
         return True
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise ForkedRecorder(
-                f"this recorder belongs to process {self._pid}, and this is its forked "
+                f"this recorder belongs to process {self.pid}, and this is its forked "
                 f"child {os.getpid()}: record in the parent, or build a recorder here"
             )
 
