@@ -20,47 +20,48 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class Probe:
-    """A fixed batch on which a model is looked at again and again.
+    """A fixed batch, or several, on which a model is looked at again and again.
 
     Args:
         inputs: A tensor ``(n_samples, ...)``, a tuple of positional arguments or a
-            mapping of keyword arguments; their tensors share the first dimension.
-        labels: Integer labels ``(n_samples,)``.
-        batch_size: Rows per forward; ``None`` runs all at once.
+            mapping of keyword arguments, whose tensors share the first dimension; or a
+            list of such batches, which may differ in their other dimensions.
+        labels: Integer labels ``(n_samples,)`` of all batches.
+        batch_size: Rows per forward; ``None`` runs each batch at once.
         forward: ``(model, inputs) -> anything``, when ``model(inputs)`` is not the
-            call; receives a chunk of ``inputs`` of the same kind.
-        mask: Which tokens ``(n_samples, T)`` count: true or 1; ``None`` takes the
-            ``attention_mask`` of a mapping, if there is one.
+            call; receives a chunk of a batch, of the same kind.
+        mask: Which tokens ``(n_samples, T)`` count: true or 1; of several batches a
+            list. ``None`` takes the ``attention_mask`` of a mapping, if there is one.
 
     Raises:
-        UsageError: If there is no tensor in ``inputs``, their lengths differ, ``mask``
-            has another, or ``batch_size`` is not positive.
+        UsageError: If there is no tensor in a batch, its lengths differ, ``mask`` has
+            another, or ``batch_size`` is not positive.
 
     Example:
         >>> probe = Probe(torch.ones(6, 4), labels=[0, 0, 1, 1, 2, 2], batch_size=4)
         >>> probe.n_samples
         6
+        >>> Probe([{"x": torch.ones(4, 7)}, {"x": torch.ones(4, 9)}]).n_samples
+        8
     """
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: Inputs | list[Inputs],
         labels: Any = None,
         batch_size: int | None = None,
         forward: Callable[[nn.Module, Any], object] | None = None,
         mask: Any = None,
     ) -> None:
-        lengths = {len(tensor) for tensor in _tensors(inputs)}
-        if len(lengths) != 1:
-            raise UsageError(
-                "a probe needs inputs whose tensors share their first dimension, got "
-                f"lengths {sorted(lengths)}"
-            )
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
-        # A copy: the batch stays fixed whatever the caller does with his tensors.
-        self.inputs = _slice(inputs, 0, None)
-        self.n_samples = lengths.pop()
+        several = isinstance(inputs, list)
+        batches: list[Inputs] = inputs if several else [inputs]  # type: ignore[list-item, assignment]
+        masks = mask if several and mask is not None else [mask] * len(batches)
+        if len(masks) != len(batches):
+            raise UsageError(f"{len(masks)} masks for {len(batches)} batches")
+        self._batches = [_Batch(*pair) for pair in zip(batches, masks, strict=True)]
+        self.n_samples = sum(batch.n for batch in self._batches)
         self.labels = (
             None
             if labels is None
@@ -68,13 +69,6 @@ class Probe:
         )
         self.batch_size = batch_size or max(self.n_samples, 1)
         self.forward = forward or _call
-        self.mask = None if mask is None else torch.as_tensor(mask).detach().clone()
-        if self.mask is None and isinstance(inputs, Mapping):
-            self.mask = mask_among(inputs)
-        if self.mask is not None and len(self.mask) != self.n_samples:
-            raise UsageError(
-                f"mask= has {len(self.mask)} rows for {self.n_samples} samples"
-            )
 
     def run(
         self,
@@ -96,25 +90,55 @@ class Probe:
         """
         with untouched(model), torch.no_grad():
             model.eval()
-            for start in range(0, self.n_samples, self.batch_size):
-                stop = min(start + self.batch_size, self.n_samples)
-                mask = None if self.mask is None else self.mask[start:stop]
-                before(stop - start, mask)
-                self.forward(model, _slice(self.inputs, start, stop))
+            for batch in self._batches:
+                for start in range(0, batch.n, self.batch_size):
+                    inputs, mask, n = batch.chunk(start, self.batch_size)
+                    before(n, mask)
+                    self.forward(model, inputs)
 
     @property
     def sha256(self) -> str:
         """The hash of inputs and labels: stores with equal hashes are comparable."""
         digest = hashlib.sha256()
         extra = [] if self.labels is None else [self.labels]
-        for tensor in [*_tensors(self.inputs), *extra]:
+        inputs = [t for batch in self._batches for t in _tensors(batch.inputs)]
+        masks = [b.mask for b in self._batches if b.mask is not None]
+        for tensor in [*inputs, *extra, *masks]:
             plain = tensor.detach().cpu().contiguous()
             digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
             digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
-def as_probe(value: Probe | tuple[Any, Any] | Tensor | None) -> Probe | None:
+class _Batch:
+    """Inputs of one batch, and which of their tokens count."""
+
+    def __init__(self, inputs: Inputs, mask: Any) -> None:
+        lengths = {len(tensor) for tensor in _tensors(inputs)}
+        if len(lengths) != 1:
+            raise UsageError(
+                "a probe needs inputs whose tensors share their first dimension, got "
+                f"lengths {sorted(lengths)}"
+            )
+        self.n = lengths.pop()
+        # A copy: the batch stays fixed whatever the caller does with his tensors.
+        self.inputs = _slice(inputs, 0, None)
+        self.mask = None if mask is None else torch.as_tensor(mask).detach().clone()
+        if self.mask is None and isinstance(self.inputs, Mapping):
+            self.mask = mask_among(self.inputs)
+        if self.mask is not None and len(self.mask) != self.n:
+            raise UsageError(f"mask= has {len(self.mask)} rows for {self.n} samples")
+
+    def chunk(self, start: int, most: int) -> tuple[Inputs, Tensor | None, int]:
+        """Return some examples, their mask and their number."""
+        stop = min(start + most, self.n)
+        mask = None if self.mask is None else self.mask[start:stop]
+        return _slice(self.inputs, start, stop), mask, stop - start
+
+
+def as_probe(
+    value: Probe | tuple[Any, Any] | Tensor | list[Inputs] | None,
+) -> Probe | None:
     """Return ``value`` as a probe: ``(x, y)`` and a bare tensor are understood.
 
     Args:
@@ -128,12 +152,12 @@ def as_probe(value: Probe | tuple[Any, Any] | Tensor | None) -> Probe | None:
     """
     if value is None or isinstance(value, Probe):
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | list):
         return Probe(value)
     if isinstance(value, tuple) and len(value) == 2:
         return Probe(value[0], labels=value[1])
     raise UsageError(
-        "probe= takes (inputs, labels), a tensor or rs.Probe(...), got "
+        "probe= takes (inputs, labels), a tensor, a list of batches or rs.Probe(...), got "
         f"{type(value).__name__}"
     )
 

@@ -30,7 +30,13 @@ from repscope.capture import (
     as_schedule,
     original,
 )
-from repscope.errors import CaptureError, ClosedStore, RepScopeWarning, UsageError
+from repscope.errors import (
+    CaptureError,
+    ClosedStore,
+    LabelMismatch,
+    RepScopeWarning,
+    UsageError,
+)
 from repscope.recorder import plan
 from repscope.recorder import resume as earlier
 from repscope.recorder.delivery import Delivery, Sink
@@ -528,12 +534,23 @@ class Recorder:
         self._follow()
 
     def _training_rows(self, told: Told) -> _Seen:
-        """Return what the forwards of the step that ended left."""
+        """Return what the forwards of the step that ended left.
+
+        Raises:
+            LabelMismatch: If there are not as many labels as examples.
+        """
         taken = self._taps.drain(_as_mask(told.mask))
         self._check_fired()
-        if told.labels is None or not taken.n_examples:
-            return self._seen(taken, None)
         n, cpu = taken.n_examples, torch.device("cpu")
+        if told.labels is None or not n:
+            return self._seen(taken, None)
+        if len(told.labels) != n:
+            raise LabelMismatch(
+                f"{len(told.labels)} labels were given for the {n} examples that went "
+                "through the model since the last step, as the length of its first "
+                "input says; one label is needed for each, of all micro-batches. A "
+                "model that takes time first is recorded with probe="
+            )
         return self._seen(taken, as_labels(told.labels, n_samples=n, device=cpu))
 
     def _look(self) -> _Seen:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import repscope as rs
 from repscope import Probe
 from repscope.capture.probe import as_probe
 from repscope.errors import LabelError, LabelMismatch, UsageError
@@ -154,3 +155,38 @@ def test_short_forms():
 def test_unusable_probes_are_refused(make, error):
     with pytest.raises(error):
         make()
+
+
+def test_several_batches_are_one_probe(tmp_path):
+    torch.manual_seed(0)
+    batches = [{"x": torch.randn(n, t, 3)} for n, t in ((4, 5), (2, 7), (3, 5))]
+    masks = [torch.rand(b["x"].shape[:2]) > 0.3 for b in batches]
+    for mask in masks:
+        mask[:, 0] = True
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    y = torch.arange(9)
+    model = Net()
+    paths = []
+    for size in (None, 2):
+        paths.append(tmp_path / str(size))
+        probe = rs.Probe(batches, labels=y, batch_size=size, mask=masks)
+        rs.Recorder(model, paths[-1], probe=probe).close()
+    for run in map(rs.open, paths):
+        rows = [model.fc(b["x"][m]) for b, m in zip(batches, masks, strict=True)]
+        torch.testing.assert_close(run.read("fc"), torch.cat(rows).detach())
+        counts = torch.cat([mask.sum(1) for mask in masks])
+        assert run.labels(layer="fc").tolist() == y.repeat_interleave(counts).tolist()
+    hashes = {rs.Probe(b, labels=y[:4]).sha256 for b in ([batches[0]], batches[0])}
+    assert len(hashes) == 1
+    with pytest.raises(UsageError, match="2 masks for 3 batches"):
+        rs.Probe(batches, mask=masks[:2])
+    with pytest.raises(UsageError, match="share their first dimension"):
+        rs.Probe([batches[0], {}])
