@@ -114,6 +114,11 @@ class _Batch:
     """Inputs of one batch, and which of their tokens count."""
 
     def __init__(self, inputs: Inputs, mask: Any) -> None:
+        if not isinstance(inputs, Tensor | tuple | Mapping):
+            raise UsageError(
+                "a batch of a probe is a tensor, a tuple or a mapping, got "
+                f"{type(inputs).__name__}"
+            )
         lengths = {len(tensor) for tensor in _tensors(inputs)}
         if len(lengths) != 1:
             raise UsageError(
@@ -157,8 +162,8 @@ def as_probe(
     if isinstance(value, tuple) and len(value) == 2:
         return Probe(value[0], labels=value[1])
     raise UsageError(
-        "probe= takes (inputs, labels), a tensor, a list of batches or rs.Probe(...), got "
-        f"{type(value).__name__}"
+        "probe= takes (inputs, labels), a tensor, a list of batches or rs.Probe(...), "
+        f"got {type(value).__name__}"
     )
 
 
