@@ -35,6 +35,7 @@ from repscope.errors import (
     ClosedStore,
     LabelMismatch,
     RepScopeWarning,
+    StoreError,
     UsageError,
 )
 from repscope.recorder import plan
@@ -670,7 +671,13 @@ class Recorder:
             except Exception as error:  # noqa: BLE001 - raised once all is durable
                 self.error = error
         moments = moments and self.error is None
-        end(moments=moments, together=together)
+        try:
+            end(moments=moments, together=together)
+        except StoreError:
+            raise  # what could not be written waits in memory: the call can be repeated
+        except Exception as error:
+            self.error = self.error or error
+            raise
         self.error = self.error or self._delivery.worker.error
 
     def _agree(self) -> None:

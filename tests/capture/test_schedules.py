@@ -46,3 +46,25 @@ def test_a_function_of_the_step_is_a_schedule():
 def test_nonsense_is_refused(make):
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        every(1),
+        every(7),
+        log_spaced(1),
+        log_spaced(3),
+        log_spaced(20),
+        at_steps([5, 90]),
+    ],
+)
+def test_the_next_step_is_the_first_that_is_due(schedule):
+    due = [step for step in range(3000) if schedule(step)]
+    assert due[0] == 0
+    for step in range(due[-1]):
+        assert schedule.next(step) == min(d for d in due if d > step)
+
+
+def test_a_schedule_that_ended_has_no_next_step():
+    assert at_steps([5]).next(5) > 10**18

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from repscope import Moments, covariance
 from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
-from repscope.linalg.moments import rescaled
+from repscope.linalg.moments import Gathering, rescaled
 
 
 def close(found, expected, rtol=1e-12):
@@ -272,3 +272,53 @@ def test_a_group_reduces_its_own_ranks_only(reduced):
 def test_without_a_process_group_there_is_nothing_to_reduce_over():
     with pytest.raises(UsageError, match="init_process_group first"):
         Moments().all_reduce()
+
+
+# -- few rows at a time --------------------------------------------------------
+@pytest.mark.parametrize("size", [1, 3, 128, 1024, 5000])
+@pytest.mark.parametrize("drift", [0.0, 0.01, 30.0])
+def test_gathered_moments_are_those_of_all_rows(size, drift):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5000, 6, generator=generator, dtype=torch.float64)
+    rows += 1e4 + drift * torch.arange(5000)[:, None]
+    rows[:, 4] = 3.0  # dead
+    rows[:, 5] *= 1e-6
+    gathering = Gathering()
+    for block in rows.split(size):
+        gathering.update(block)
+        block.zero_()  # what was taken in is no longer needed
+    moments = gathering.finish()
+    rows = torch.randn(5000, 6, generator=generator.manual_seed(0), dtype=torch.float64)
+    rows += 1e4 + drift * torch.arange(5000)[:, None]
+    rows[:, 4] = 3.0
+    rows[:, 5] *= 1e-6
+    assert moments.count == 5000
+    wanted = np.cov(rows.numpy() - rows.numpy().mean(0), rowvar=False)
+    scale = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))
+    assert (np.abs(moments.covariance().numpy() - wanted) <= 1e-9 * scale + 1e-18).all()
+    np.testing.assert_allclose(moments.mean, rows.numpy().mean(0), rtol=1e-12)
+
+
+def test_gathering_begins_anew():
+    gathering = Gathering()
+    assert gathering.finish().count == 0
+    gathering.update(torch.full((3, 2), float("nan")))
+    gathering.update(torch.ones(2, 2))
+    spoiled = gathering.finish()
+    assert spoiled.count == 5
+    assert spoiled.mean.isnan().all()
+    gathering.update(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))  # another width
+    assert gathering.finish().mean.tolist() == [2.0, 2.0, 2.0]
+    gathering.update(torch.zeros(0, 3))
+    assert gathering.finish().count == 0
+    gathering.update(torch.ones(2, 3))
+    with pytest.raises(MetricError, match="have 3 features, the new rows 4"):
+        gathering.update(torch.ones(2, 4))
+
+
+def test_moments_take_rows_that_are_not_finite_if_told_to():
+    moments = Moments(finite=False).update([[1.0, float("inf")], [2.0, 3.0]])
+    assert moments.count == 2
+    assert not moments.covariance().isfinite().all()
+    with pytest.raises(NonFiniteError):
+        Moments().update([[1.0, float("inf")], [2.0, 3.0]])
