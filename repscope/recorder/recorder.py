@@ -673,10 +673,10 @@ class Recorder:
         moments = moments and self.error is None
         try:
             end(moments=moments, together=together)
-        except StoreError:
-            raise  # what could not be written waits in memory: the call can be repeated
         except Exception as error:
-            self.error = self.error or error
+            # What the disk did not take waits in memory: then the call can be repeated.
+            if not isinstance(error, StoreError):
+                self.error = self.error or error
             raise
         self.error = self.error or self._delivery.worker.error
 
