@@ -187,6 +187,7 @@ def test_dropped_steps_are_whole_and_counted(tmp_path, monkeypatch):
     dropped = run.meta["dropped_steps"]
     assert 4 <= len(dropped) <= 8
     assert sorted(run.steps + dropped) == list(range(14))
+    assert run.scalars()["loss"].dropna().index.tolist() == list(range(14))
     for step in run.steps:
         assert all(len(run.read(layer, step)) == 8 for layer in ("0", "1", "2"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -248,7 +248,17 @@ def readable(value: object, *, layer: str) -> Iterable[tuple[str, Tensor]]:
     Returns:
         As `leaves` yields them.
     """
-    if (
+    if is_usual(value):
+        return (("", value),)
+    return _readable(value, layer)
+
+
+def is_usual(value: object) -> TypeGuard[Tensor]:
+    """Return whether a value is a dense floating tensor with data of its own.
+
+    Nearly all are, and a few looks at it spare all others.
+    """
+    return (
         type(value) is Tensor
         and value.dtype in _USUAL
         and value.layout is torch.strided
@@ -256,9 +266,7 @@ def readable(value: object, *, layer: str) -> Iterable[tuple[str, Tensor]]:
         and not value.is_meta
         and not torch._C._get_tracing_state()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    ):
-        return (("", value),)  # the usual case, at once
-    return _readable(value, layer)
+    )
 
 
 def _readable(value: object, layer: str) -> Iterator[tuple[str, Tensor]]:

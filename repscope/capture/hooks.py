@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from repscope.capture import compiled
-from repscope.capture.forward import Forward, Settings, has_data
+from repscope.capture.forward import Forward, Settings, has_data, is_usual
 from repscope.capture.joined import Piece, join
 from repscope.capture.rows import leaves, mask_among
 from repscope.capture.selection import Selected, named_modules
@@ -280,10 +280,10 @@ class Taps:
                 return
         self.settle()
         given = _given(args, kwargs)
-        if all(has_data(value) for _, value in given):
+        if all(is_usual(value) or has_data(value) for _, value in given):
             self._open = self._forward(len(given[0][1]) if given else None)
             self._open.by_root = True
-            self._open.mask = mask_among(dict(given))
+            self._open.mask = mask_among(dict(given)) if kwargs else None
 
     def _root_ends(self) -> None:
         if self._open is not None and self._open.by_root and self._is_training():
@@ -354,7 +354,6 @@ class Taps:
         self.settle()
         done = self._done
         self.forget()
-        self._settings.pool.settle()
         if self.error is not None:
             raise self.error
         parts: dict[StreamKey, list[Piece]] = defaultdict(list)
@@ -382,7 +381,7 @@ class Taps:
         masked = False
         for (target, name), pieces in parts.items():
             choice = None if target == "moments" else self._settings.choice
-            joined = join(pieces, choice=choice)
+            joined = join(pieces, choice=choice, settle=self._settings.pool.settle)
             if joined is None:
                 continue
             masked |= joined.masked

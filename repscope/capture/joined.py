@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,18 +35,22 @@ class Joined(NamedTuple):
     masked: bool
 
 
-def join(pieces: Sequence[Piece], *, choice: Choice | None) -> Joined | None:
+def join(
+    pieces: Sequence[Piece], *, choice: Choice | None, settle: Callable[[], None]
+) -> Joined | None:
     """Return the rows of some calls as one tensor, without padding and rows too many.
 
     Args:
         pieces: In order; equal but for the number of rows.
         choice: Which rows to keep; None keeps all.
+        settle: Called before the values of rows are read: they may be on their way.
 
     Returns:
         None if there are no rows at all.
     """
     if len(pieces) == 1 and (whole := _untouched(pieces[0], choice)) is not None:
         return Joined(whole, None, False)
+    settle()
     there = [(p.rows, p.first_example, p.mask) for p in pieces if p.rows is not None]
     if not there:
         return None

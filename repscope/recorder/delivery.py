@@ -115,6 +115,9 @@ class Delivery:
         if moments and self._ranks is not None:
             self.worker.call(job)  # all ranks at the same place of the program
         elif not self.worker.put(job, nbytes=nbytes):
+            # Scalars take no room: they wait for the next time.
+            kept = [(s.step, s.scalars) for s in snapshots if s.scalars]
+            self._late.extendleft(reversed(kept))
             self._dropped.append(step)
             self.note(dropped_steps=[*self._dropped])
 
@@ -182,6 +185,7 @@ class Delivery:
         rows: Mapping[str, Tensor],
         moments: bool,
     ) -> None:
+        self._pool.settle()
         if rows:
             self._streaming.add(rows)
             self._pool.take_back(rows.values())
@@ -192,11 +196,17 @@ class Delivery:
                 self._pool.take_back(snapshot.streams.values())
             return
         self._writer.progress = progress
+        first: Exception | None = None
         for snapshot in snapshots:
-            if (new := self._new_of(snapshot)) is not None:
-                self._writer.append(new)
+            try:
+                if (new := self._new_of(snapshot)) is not None:
+                    self._writer.append(new)
+            except Exception as error:  # noqa: BLE001 - those after it are kept too
+                first = first or error
             for sink in [*self._sinks]:
                 self._tell(sink, partial(sink, snapshot))
+        if first is not None:
+            raise first
 
     def _tell(self, sink: Sink, call: Callable[[], object]) -> None:
         """Call a sink; one that fails is told no more, and recording goes on."""
