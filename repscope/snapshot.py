@@ -16,6 +16,11 @@ EXAMPLES = "examples"
 have equally many rows each, in order. Its layer is the stream, ``<target>:<layer>``."""
 
 
+def stream_name(target: str, layer: str) -> str:
+    """Return a stream as one word: of outputs the layer, else ``<target>:<layer>``."""
+    return layer if target == "outputs" else f"{target}:{layer}"
+
+
 def _empty() -> Mapping[str, Tensor | float]:
     return MappingProxyType({})
 
@@ -32,7 +37,8 @@ class Snapshot:
         scalars: Named numbers of this step. A tensor stays on its device until the
             store needs its value.
         tags: Names for this moment, such as ``("task-2",)``.
-        unlabelled: Layers whose rows of outputs are not in the order of the labels.
+        unlabelled: Streams to whose rows the labels do not belong: of outputs the
+            layer, of another target ``<target>:<layer>``.
 
     Example:
         >>> Snapshot(3, {}, scalars={"loss": 0.5}).scalars["loss"]
@@ -64,7 +70,7 @@ class Snapshot:
             tensor([7, 7, 8, 8])
         """
         y, rows = self.labels, self.streams[target, layer]
-        moved = target == "outputs" and layer in self.unlabelled
+        moved = stream_name(target, layer) in self.unlabelled
         if y is None or len(y) == 0 or moved:
             return None
         examples = self.streams.get((EXAMPLES, f"{target}:{layer}"))

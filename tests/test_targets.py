@@ -344,6 +344,7 @@ def test_a_new_optimizer_is_followed_when_it_is_told(tmp_path):
         assert rec.optimizer is optimizer
         assert rec.step_number == 4
         rec.optimizer = None
+        model(batch()[0])
         rec.step()
         assert rec.step_number == 5
 

@@ -45,6 +45,23 @@ class Rows(NamedTuple):
     n_tokens: int = 0
 
 
+class _Reading(NamedTuple):
+    """How a tensor is read.
+
+    Attributes:
+        second: Examples are its second dimension.
+        ordered: Whether one of its dimensions is that of the examples.
+        channels_first: Whether it is a map.
+    """
+
+    second: bool
+    ordered: bool
+    channels_first: bool
+
+
+_USUAL_READING = _Reading(second=False, ordered=True, channels_first=False)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How values become rows.
@@ -78,7 +95,6 @@ class Forward:
         pieces: What was copied; None where a gradient has not arrived.
         awaited: Of each layer the calls whose gradients only a second forward, which
             activation checkpointing makes in the backward pass, can deliver.
-        unlabelled: Streams whose rows do not follow the order of the examples.
     """
 
     n: int | None
@@ -93,7 +109,6 @@ class Forward:
     awaited: dict[str, list[list[Fill]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    unlabelled: set[str] = field(default_factory=set)
     _calls: dict[StreamKey, int] = field(default_factory=lambda: defaultdict(int))
     _seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _maps: set[torch.Size] = field(default_factory=set)
@@ -103,7 +118,15 @@ class Forward:
         """Examples that went in, or that came out of the first layer that ran."""
         return next(iter(self._seen.values()), 0) if self.n is None else self.n
 
-    def take(self, target: str, layer: str, module: nn.Module, value: object) -> int:
+    def take(
+        self,
+        target: str,
+        layer: str,
+        module: nn.Module,
+        value: object,
+        *,
+        time_first: bool = False,
+    ) -> int:
         """Look at what a layer was given or returned.
 
         Args:
@@ -111,6 +134,7 @@ class Forward:
             layer: Name of the layer.
             module: The layer.
             value: What it was given or returned.
+            time_first: Whether it works in a part that has time before examples.
 
         Returns:
             How many tensors there were.
@@ -119,32 +143,53 @@ class Forward:
         self._calls[target, layer] += 1
         stream = f"{layer}@{call}" if call else layer
         wanted, found, late = self.settings.targets, 0, list[Fill]()
-        for path, leaf in readable(value, layer=layer):
+        verb = "was given" if target == "inputs" else "returned"
+        for path, leaf in readable(value, layer=layer, verb=verb):
             found += 1
             name = f"{stream}:{path}" if path else stream
-            rows = self._rows(module, leaf.detach())
+            # A recurrent layer has the states of its layers first, whatever it is told.
+            states = path.startswith("[1]") and isinstance(module, nn.RNNBase)
+            reading = self._reading(leaf, module, time_first=time_first, states=states)
+            rows = self._rows(leaf.detach(), reading)
             if target in wanted:
                 self._keep((target, name), rows)
             if target == "inputs":
                 continue
             self._seen[name] += rows.n_examples
-            if not rows.ordered:
-                self.unlabelled.add(name)
             if "moments" in wanted:
                 self._keep(("moments", name), rows)
             if "output_gradients" in wanted:
-                late += self._ask(name, module, leaf, rows.total)
+                late += self._ask(name, leaf, reading, rows.total)
         if late:
             self.awaited[layer].append(late)
         return found
 
-    def _rows(self, module: nn.Module, leaf: Tensor) -> Rows:
+    def _reading(
+        self, leaf: Tensor, module: nn.Module, *, time_first: bool, states: bool
+    ) -> _Reading:
+        """Return how a tensor is to be read, and its gradient likewise.
+
+        Sequence modules put time first unless told otherwise (``batch_first``), and so
+        do those inside of them.
+        """
+        if leaf.is_nested or (leaf.ndim == 2 and len(leaf) == self.n):
+            return _USUAL_READING
+        ordered = self.n is None or leaf.ndim == 0 or leaf.shape[0] == self.n
+        if self.n is not None and leaf.ndim == 3 and leaf.shape[1] == self.n:
+            own = getattr(module, "batch_first", None)
+            second = own is False or (own is None and time_first) or states
+            if second or not ordered:
+                return _Reading(second=True, ordered=True, channels_first=False)
+        first = has_channels_first(leaf, module, maps=self._maps)
+        return _Reading(False, ordered, first)
+
+    def _rows(self, leaf: Tensor, reading: _Reading) -> Rows:
         if leaf.is_nested:
             return _of_nested(leaf)
-        if leaf.ndim == 2 and len(leaf) == self.n:
-            return Rows(leaf, len(leaf), total=len(leaf))  # the usual case, at once
-        value, ordered = _examples_first(leaf, module, self.n)
-        first = has_channels_first(value, module, maps=self._maps)
+        if reading is _USUAL_READING:
+            return Rows(leaf, len(leaf), total=len(leaf))
+        second, ordered, first = reading
+        value = leaf.transpose(0, 1) if second else leaf
         mask = None if first else self.mask
         rows = to_rows(value, channels_first=first, how=self.settings.reduce, mask=mask)
         n, total = len(value) if value.ndim else 1, len(rows)
@@ -177,13 +222,13 @@ class Forward:
         return rows._replace(values=values, chosen=chosen)
 
     def _ask(
-        self, name: str, module: nn.Module, leaf: Tensor, total: int
+        self, name: str, leaf: Tensor, reading: _Reading, total: int
     ) -> list[Fill]:
         """Let the backward pass fill a place that is in the order of the forwards.
 
         A hook on the tensor, before anything works on it in place, gives the gradient
         of the value that was returned. Several backward passes add up, as they do in
-        the gradients of the parameters.
+        the gradients of the parameters; those of `torch.autograd.grad` count too.
 
         Returns:
             What fills the place, when this tensor will have no gradient.
@@ -197,7 +242,7 @@ class Forward:
 
         def fill(gradient: Tensor) -> None:
             try:
-                rows = self._rows(module, gradient.detach())
+                rows = self._rows(gradient.detach(), reading)
                 own, before = self._own(key[0], rows, first), places[index]
                 if before is not None:
                     self.settings.pool.settle()
@@ -214,43 +259,32 @@ class Forward:
 
 def _of_nested(value: Tensor) -> Rows:
     """Return the rows of a nested tensor: an example has as many as it has tokens."""
-    parts = [part.flatten(0, -2) for part in value.unbind()]
-    lengths = torch.tensor([len(part) for part in parts])
-    examples = torch.arange(len(parts)).repeat_interleave(lengths)
+    parts = [
+        part.flatten(0, -2) if part.ndim > 1 else part.reshape(-1, 1)
+        for part in value.unbind()
+    ]
+    lengths = torch.tensor([len(part) for part in parts], device="cpu")
+    examples = torch.arange(len(parts), device="cpu").repeat_interleave(lengths)
     rows = torch.cat(parts)
     return Rows(rows, len(parts), examples=examples, total=len(rows))
 
 
-def _examples_first(
-    leaf: Tensor, module: nn.Module, n: int | None
-) -> tuple[Tensor, bool]:
-    """Return the value with examples along its first dimension, and whether they are.
-
-    Sequence modules put time first unless told otherwise (``batch_first``), and the
-    final states of recurrent ones put their layers first.
-    """
-    if n is None or leaf.ndim == 0:
-        return leaf, True
-    time_first = getattr(module, "batch_first", None) is False
-    second = leaf.ndim == 3 and leaf.shape[1] == n
-    if second and (time_first or leaf.shape[0] != n):
-        return leaf.transpose(0, 1), True
-    return leaf, leaf.shape[0] == n
-
-
-def readable(value: object, *, layer: str) -> Iterable[tuple[str, Tensor]]:
+def readable(
+    value: object, *, layer: str, verb: str = "returned"
+) -> Iterable[tuple[str, Tensor]]:
     """Return the tensors with data in what a layer was given or returned, and paths.
 
     Args:
         value: What a layer was given or returned.
         layer: Name for the message.
+        verb: Which of the two, for the message.
 
     Returns:
         As `leaves` yields them.
     """
     if is_usual(value):
         return (("", value),)
-    return _readable(value, layer)
+    return _readable(value, layer, verb)
 
 
 def is_usual(value: object) -> TypeGuard[Tensor]:
@@ -269,8 +303,8 @@ def is_usual(value: object) -> TypeGuard[Tensor]:
     )
 
 
-def _readable(value: object, layer: str) -> Iterator[tuple[str, Tensor]]:
-    for path, leaf in leaves(value, layer=layer):
+def _readable(value: object, layer: str, verb: str) -> Iterator[tuple[str, Tensor]]:
+    for path, leaf in leaves(value, layer=layer, verb=verb):
         check_leaf(leaf, layer=layer)
         if has_data(leaf):
             yield path, leaf

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,19 @@ from repscope.capture import compiled
 from repscope.capture.forward import Forward, Settings, has_data, is_usual
 from repscope.capture.joined import Piece, join
 from repscope.capture.rows import leaves, mask_among
-from repscope.capture.selection import Selected, named_modules
+from repscope.capture.selection import Selected, named_modules, time_first
 from repscope.errors import (
     AlreadyAttached,
     LayerNeverFired,
     UnsupportedOutput,
     UsageError,
 )
-from repscope.snapshot import StreamKey
+from repscope.snapshot import EXAMPLES, StreamKey, stream_name
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What the hooks copied since they were last asked.
 
     Attributes:
@@ -38,13 +38,14 @@ class Taken:
             not have equally many rows each, in order.
         moments: name -> rows of which only moments are to be kept.
         n_examples: Examples that went through the model.
-        unlabelled: Streams of outputs whose rows do not follow the order of the
-            examples.
+        n_forwards: How often it ran.
+        unlabelled: Streams of which it is not known which example a row belongs to.
     """
 
     rows: Mapping[StreamKey, Tensor]
     moments: Mapping[str, Tensor]
     n_examples: int
+    n_forwards: int
     unlabelled: frozenset[str]
 
 
@@ -152,23 +153,30 @@ class Taps:
         self.passed_over: dict[str, Counter[str]] = defaultdict(Counter)
         self._live = live
         self._model = weakref.ref(model)
-        self._chosen = {item.name: item for item in chosen}
+        self._exact = {item.name: item.exact for item in chosen}
+        self._hooked: dict[str, weakref.ref[nn.Module]] = {}
+        self._time_first = time_first(model) if chosen else frozenset()
         self._settings = settings
         self._done: list[Forward] = []
         self._open: Forward | None = None
-        self._inside: int | None = None  # forwards since the optimizer began to step
+        self._aside: Counter[int] = Counter()  # forwards of no concern, by thread
         self._ran: set[str] = set()
         self._checked = False
         self._handles: list[RemovableHandle] = []
         self._witnesses: list[RemovableHandle] = []
         if live and chosen:
-            compiled.refuse_fullgraph(model, [model, *(c.module for c in chosen)])
+            hooked = [model, *(item.module for item in chosen)]
+            compiled.refuse_fullgraph(model, hooked)
             compiled.start_over(model)
             self._attach(model)
         _attached.add(model)
 
     def _attach(self, model: nn.Module) -> None:
-        before = self._chosen if "inputs" in self._settings.targets else {}
+        # By name and each time anew: a head may have been replaced.
+        modules = dict(named_modules(model))
+        layers = {name: modules[name] for name in self._exact if name in modules}
+        self._hooked = {name: weakref.ref(module) for name, module in layers.items()}
+        before = layers if "inputs" in self._settings.targets else {}
         root = [model] if self._live else []
         self._handles = [
             *(
@@ -176,14 +184,12 @@ class Taps:
                 for m in root
             ),
             *(
-                item.module.register_forward_pre_hook(
-                    _Before(self, name), with_kwargs=True
-                )
-                for name, item in before.items()
+                layer.register_forward_pre_hook(_Before(self, name), with_kwargs=True)
+                for name, layer in before.items()
             ),
             *(
-                item.module.register_forward_hook(_Hook(self, name))
-                for name, item in self._chosen.items()
+                layer.register_forward_hook(_Hook(self, name))
+                for name, layer in layers.items()
             ),
             *(module.register_forward_hook(_End(self)) for module in root),
         ]
@@ -192,7 +198,7 @@ class Taps:
     def _watch_parents(self, model: nn.Module) -> list[RemovableHandle]:
         parents = {
             name.rsplit(".", depth)[0]
-            for name in self._chosen
+            for name in self._exact
             for depth in range(1, name.count(".") + 1)
         }
         return [
@@ -212,6 +218,8 @@ class Taps:
             if torch._C._current_graph_task_id() != -1:
                 self._recomputed(target, layer, value)
                 return
+            if self._aside and self._aside[threading.get_ident()]:
+                return
             # Checkpointing in its reentrant mode runs a part without gradients inside
             # a forward that has them.
             inside = self._open is not None and self._open.by_root
@@ -220,7 +228,8 @@ class Taps:
             self._ran.add(layer)
             if self._open is None:
                 self._open = self._forward(None)
-            if not self._open.take(target, layer, module, value):
+            first = layer in self._time_first
+            if not self._open.take(target, layer, module, value, time_first=first):
                 self.passed_over["without values"][layer] += 1
         except Exception as error:  # noqa: BLE001 - a hook must never break a forward
             self._fail(error)
@@ -271,13 +280,10 @@ class Taps:
         if torch._C._current_graph_task_id() != -1:
             return
         if not self._is_training():
-            self.settle()
+            # An evaluation of the user's, perhaps inside a forward or beside it.
+            self._aside[threading.get_ident()] += 1
             return
-        if self._inside is not None:
-            self._inside += 1
-            if self._inside > 1:
-                self.pause()
-                return
+        self._aside.pop(threading.get_ident(), None)  # one that raised
         self.settle()
         given = _given(args, kwargs)
         if all(is_usual(value) or has_data(value) for _, value in given):
@@ -286,6 +292,10 @@ class Taps:
             self._open.mask = mask_among(dict(given)) if kwargs else None
 
     def _root_ends(self) -> None:
+        thread = threading.get_ident()
+        if self._aside and self._aside[thread]:
+            self._aside[thread] -= 1
+            return
         if self._open is not None and self._open.by_root and self._is_training():
             self._done.append(self._open)
             self._open = None
@@ -323,19 +333,22 @@ class Taps:
 
     def follow_training(self, due: bool) -> None:
         """Copy (or stop copying) the training forwards that come next."""
+        model = self._model()
+        if due and self._live and model is not None and self._is_stale(model):
+            self._remove_hooks()
+            compiled.start_over(model)
+            self._attach(model)
+        self._aside.clear()
         self.on = due and self.error is None
+
+    def _is_stale(self, model: nn.Module) -> bool:
+        """Return whether other modules have the names of the layers now."""
+        modules = dict(named_modules(model))
+        return any(modules.get(n) is not layer() for n, layer in self._hooked.items())
 
     def pause(self) -> None:
         """Copy no more forwards until `follow_training` says so; keep what there is."""
         self.on = False
-        self._inside = None
-
-    def enter_update(self) -> None:
-        """Say that the optimizer steps: of the forwards of a closure the first counts.
-
-        It runs at the parameters of this step, the later ones at trial points.
-        """
-        self._inside = 0
 
     def forget(self) -> None:
         """Drop what was copied."""
@@ -357,31 +370,31 @@ class Taps:
         if self.error is not None:
             raise self.error
         parts: dict[StreamKey, list[Piece]] = defaultdict(list)
-        n, unlabelled = 0, set[str]()
+        n = 0
         whole = any(forward.n is not None for forward in done)
         for forward in done:
             # What runs beside the whole model, such as a loss, is given no new example.
             size = 0 if whole and forward.n is None else forward.n_examples
             own = forward.mask if mask is None else mask[n : n + size]
             for key, pieces in forward.pieces.items():
-                parts[key] += [Piece(rows, n, own) for rows in pieces]
-            unlabelled |= forward.unlabelled
+                parts[key] += [Piece(rows, n, size, own) for rows in pieces]
             n += size
-        return self._joined(parts, n, frozenset(unlabelled), mask)
+        return self._joined(parts, n, mask)._replace(n_forwards=len(done))
 
     def _joined(
         self,
         parts: Mapping[StreamKey, Sequence[Piece]],
         n: int,
-        unlabelled: frozenset[str],
         mask: Tensor | None,
     ) -> Taken:
         rows: dict[StreamKey, Tensor] = {}
         moments: dict[str, Tensor] = {}
+        unlabelled: set[str] = set()
         masked = False
         for (target, name), pieces in parts.items():
             choice = None if target == "moments" else self._settings.choice
-            joined = join(pieces, choice=choice, settle=self._settings.pool.settle)
+            settle = self._settings.pool.settle
+            joined = join(pieces, n=n, choice=choice, settle=settle)
             if joined is None:
                 continue
             masked |= joined.masked
@@ -389,14 +402,21 @@ class Taps:
                 moments[name] = joined.values
                 continue
             rows[target, name] = joined.values
-            if joined.examples is not None and name not in unlabelled:
-                rows["examples", f"{target}:{name}"] = joined.examples
+            if joined.examples is not None:
+                rows[EXAMPLES, f"{target}:{name}"] = joined.examples
+            if not joined.known:
+                unlabelled.add(stream_name(target, name))
         if mask is not None and parts and not (masked and len(mask) == n):
             raise UsageError(
                 f"mask= of shape {tuple(mask.shape)} fits no recorded layer: it says "
                 f"which tokens (n_examples, T) count, and {n} examples were recorded"
             )
-        return Taken(rows, moments, n, unlabelled)
+        return Taken(rows, moments, n, 0, frozenset(unlabelled))
+
+    @property
+    def silent(self) -> list[str]:
+        """Layers that have never run while hooks were on."""
+        return [name for name in self._exact if name not in self._ran]
 
     def check_fired(self) -> list[str]:
         """Return the glob-selected layers that have not run; refuse exact ones.
@@ -412,9 +432,9 @@ class Taps:
         self._checked = True
         for handle in self._witnesses:
             handle.remove()
-        silent = [name for name in self._chosen if name not in self._ran]
+        silent = self.silent
         for name in silent:
-            if self._chosen[name].exact:
+            if self._exact[name]:
                 raise LayerNeverFired(
                     f"layer {name!r} never ran in the first captured step"
                     f"{self._who_ran(name)}. Modules used through their weights "

@@ -13,10 +13,18 @@ from repscope.capture.forward import Rows
 
 
 class Piece(NamedTuple):
-    """Rows of one call of a layer, and what is known of the forward around it."""
+    """Rows of one call of a layer, and what is known of the forward around it.
 
-    rows: Rows | None  # None: a gradient that never arrived
-    first_example: int
+    Attributes:
+        rows: None is a gradient that never arrived.
+        first: Examples of the record before those of this forward.
+        n: Examples of this forward.
+        mask: Which of their tokens count.
+    """
+
+    rows: Rows | None
+    first: int
+    n: int
     mask: Tensor | None
 
 
@@ -25,71 +33,101 @@ class Joined(NamedTuple):
 
     Attributes:
         values: ``(n_rows, n_features)`` on the CPU.
-        examples: Example of each row; None when examples have equally many rows each,
-            in order.
+        examples: Example of each row; None when the examples of the record have equally
+            many rows each, in order.
+        known: Whether it is known which example a row belongs to.
         masked: Whether a mask fitted.
     """
 
     values: Tensor
     examples: Tensor | None
+    known: bool
     masked: bool
 
 
 def join(
-    pieces: Sequence[Piece], *, choice: Choice | None, settle: Callable[[], None]
+    pieces: Sequence[Piece],
+    *,
+    n: int,
+    choice: Choice | None,
+    settle: Callable[[], None],
 ) -> Joined | None:
     """Return the rows of some calls as one tensor, without padding and rows too many.
 
     Args:
         pieces: In order; equal but for the number of rows.
+        n: Examples of the record.
         choice: Which rows to keep; None keeps all.
         settle: Called before the values of rows are read: they may be on their way.
 
     Returns:
         None if there are no rows at all.
     """
-    if len(pieces) == 1 and (whole := _untouched(pieces[0], choice)) is not None:
-        return Joined(whole, None, False)
-    settle()
-    there = [(p.rows, p.first_example, p.mask) for p in pieces if p.rows is not None]
+    there = [piece for piece in pieces if piece.rows is not None]
     if not there:
         return None
-    parts = [rows.values for rows, *_ in there]
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    total = sum(rows.total for rows, *_ in there)
-    masks = [mask is not None and _fits(mask, rows) for rows, _, mask in there]
-    regular = len(there) == len(pieces) and all(r.examples is None for r, *_ in there)
-    if regular and not any(masks) and (choice is None or total <= choice.most):
-        return Joined(values, None, False)
-
-    numbers, examples, kept = [], [], []
-    first_row = 0
-    for (rows, first_example, mask), masked in zip(there, masks, strict=True):
-        number = torch.arange(rows.total) if rows.chosen is None else rows.chosen
+    known = all(_is_known(piece) for piece in there)
+    masks = [
+        piece.mask is not None and _fits(piece.mask, piece.rows) for piece in there
+    ]
+    total = sum(piece.rows.total for piece in there if piece.rows is not None)
+    few = choice is None or total <= choice.most
+    if few and not any(masks) and (not known or _is_regular(pieces, n)):
+        values = [piece.rows.values for piece in there if piece.rows is not None]
+        if len(values) == 1:
+            return Joined(values[0], None, known, False)
+        settle()
+        return Joined(torch.cat(values), None, known, False)
+    settle()
+    values, numbers, examples, kept = [], [], [], []
+    before = 0
+    for (rows, first, _, mask), masked in zip(there, masks, strict=True):
+        if rows is None:
+            continue
+        number = rows.chosen
+        if number is None:
+            number = torch.arange(rows.total, device="cpu")
         example = _examples(rows, number)
-        kept.append(torch.ones(len(number), dtype=torch.bool))
+        keep = torch.ones(len(number), dtype=torch.bool, device="cpu")
         if masked and mask is not None:
-            kept[-1] = mask.cpu().bool()[example, number % rows.n_tokens]
-        numbers.append(number + first_row)
-        examples.append(example + first_example)
-        first_row += rows.total
+            keep = mask.cpu().bool()[example, number % rows.n_tokens]
+        values.append(rows.values)
+        kept.append(keep)
+        numbers.append(number + before)
+        examples.append(example + first)
+        before += rows.total
     index = torch.cat(kept).nonzero().flatten()
     chosen = None if choice is None else choice.of(torch.cat(numbers)[index])
     index = index if chosen is None else index[chosen]
-    return Joined(values[index], torch.cat(examples)[index], any(masks))
+    which = torch.cat(examples)[index] if known else None
+    return Joined(torch.cat(values)[index], which, known, any(masks))
 
 
-def _untouched(piece: Piece, choice: Choice | None) -> Tensor | None:
-    """Return the rows of the usual piece, of which all are kept."""
+def _is_known(piece: Piece) -> bool:
+    """Return whether it is known which example of the record a row belongs to."""
     rows = piece.rows
-    if rows is None or piece.mask is not None or rows.examples is not None:
-        return None
-    few = choice is None or rows.total <= choice.most
-    return rows.values if few else None
+    if rows is None or not rows.ordered or rows.n_examples != piece.n:
+        return False
+    return rows.examples is not None or rows.total % max(piece.n, 1) == 0
 
 
-def _fits(mask: Tensor, rows: Rows) -> bool:
-    return rows.ordered and mask.shape == (rows.n_examples, rows.n_tokens)
+def _is_regular(pieces: Sequence[Piece], n: int) -> bool:
+    """Return whether all examples have equally many rows each, in order."""
+    if sum(piece.n for piece in pieces) != n:
+        return False
+    each = set()
+    for rows, _, size, _ in pieces:
+        if rows is None or rows.examples is not None or rows.chosen is not None:
+            return False
+        if size:
+            each.add(rows.total // size)
+    return len(each) <= 1
+
+
+def _fits(mask: Tensor, rows: Rows | None) -> bool:
+    return rows is not None and (
+        rows.ordered and mask.shape == (rows.n_examples, rows.n_tokens)
+    )
 
 
 def _examples(rows: Rows, number: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+_MOST_KINDS = 256
+
 _Kind = tuple[torch.Size, torch.dtype]
 
 
@@ -52,12 +54,23 @@ class Pool:
             _, event = self._arriving.popitem()
             event.synchronize()
 
+    def renew(self, tensors: Iterable[Tensor]) -> None:
+        """Lend these again, and forget what was not wanted since the last time.
+
+        Args:
+            tensors: As for `take_back`.
+        """
+        self._free.clear()
+        self.take_back(tensors)
+
     def take_back(self, tensors: Iterable[Tensor]) -> None:
         """Lend these again; what is not from here is passed over.
 
         Args:
             tensors: Nobody reads them any more.
         """
+        if len(self._free) > _MOST_KINDS:
+            self._free.clear()
         for tensor in tensors:
             # What is not from here may have the number of a tensor that is gone.
             if self._lent.pop(id(tensor), None) is tensor:
@@ -67,7 +80,9 @@ class Pool:
         try:
             own = self._free[shape, dtype].pop()
         except IndexError:
-            own = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            # Memory made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                own = torch.empty(shape, dtype=dtype, pin_memory=pinned, device="cpu")
         if self._reuse:
             self._lent[id(own)] = own
         return own

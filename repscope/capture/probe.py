@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from repscope._checks import as_labels
 from repscope.capture.rows import mask_among
+from repscope.capture.targets import is_sharded
 from repscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -65,7 +69,9 @@ class Probe:
         self.labels = (
             None
             if labels is None
-            else as_labels(labels, n_samples=self.n_samples, device=torch.device("cpu"))
+            else as_labels(
+                labels, n_samples=self.n_samples, device=torch.device("cpu")
+            ).clone()
         )
         self.batch_size = batch_size or max(self.n_samples, 1)
         self.forward = forward or _call
@@ -88,13 +94,20 @@ class Probe:
             before: Called before each forward with its number of examples and their
                 mask.
         """
-        with untouched(model), torch.no_grad():
-            model.eval()
+        with untouched(model), torch.no_grad(), _no_cached_casts():
+            for module in model.modules():
+                # The attribute, not eval(): a user's eval() may do other work.
+                module.training = False
             for batch in self._batches:
                 for start in range(0, batch.n, self.batch_size):
                     inputs, mask, n = batch.chunk(start, self.batch_size)
                     before(n, mask)
                     self.forward(model, inputs)
+
+    @property
+    def n_forwards(self) -> int:
+        """How often the model is called."""
+        return -(-self.n_samples // self.batch_size)
 
     @property
     def sha256(self) -> str:
@@ -119,7 +132,7 @@ class _Batch:
                 "a batch of a probe is a tensor, a tuple or a mapping, got "
                 f"{type(inputs).__name__}"
             )
-        lengths = {len(tensor) for tensor in _tensors(inputs)}
+        lengths = {len(tensor) for tensor in _tensors(inputs) if tensor.ndim}
         if len(lengths) != 1:
             raise UsageError(
                 "a probe needs inputs whose tensors share their first dimension, got "
@@ -127,7 +140,7 @@ class _Batch:
             )
         self.n = lengths.pop()
         # A copy: the batch stays fixed whatever the caller does with his tensors.
-        self.inputs = _slice(inputs, 0, None)
+        self.inputs = _cut(inputs, 0, self.n, self.n)
         self.mask = None if mask is None else torch.as_tensor(mask).detach().clone()
         if self.mask is None and isinstance(self.inputs, Mapping):
             self.mask = mask_among(self.inputs)
@@ -138,7 +151,7 @@ class _Batch:
         """Return some examples, their mask and their number."""
         stop = min(start + most, self.n)
         mask = None if self.mask is None else self.mask[start:stop]
-        return _slice(self.inputs, start, stop), mask, stop - start
+        return _cut(self.inputs, start, stop, self.n), mask, stop - start
 
 
 def as_probe(
@@ -171,6 +184,9 @@ def as_probe(
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore training flags, buffers and random state of ``model`` afterwards.
 
+    Parameters that each rank has a part of are in parts again: without a backward pass
+    a forward leaves some of them whole.
+
     Args:
         model: The model that is run inside the block.
 
@@ -183,6 +199,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
+    bounded = [
+        (module.weight, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.max_norm is not None  # its forward changes its weight
+    ]
+    in_parts = [m for m in model.modules() if _is_in_parts(m)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     # Some models draw from Python's or numpy's global generator in their forward.
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -192,25 +215,46 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002 - the global one is the point
+            for part in in_parts:
+                part.reshard()
             for module, training in flags:
-                # The attribute, not train(): a user's train() may do other work.
                 module.training = training
             with torch.no_grad():
                 for module, name, buffer, saved in buffers:
                     module._buffers[name] = buffer
-                    # Writing equal bytes would still bump the version counter.
-                    if buffer is None or saved is None:
-                        continue
-                    if not _same_bits(buffer, saved):
-                        buffer.copy_(saved)
+                    if buffer is not None and saved is not None:
+                        _restore(buffer, saved)
+                for weight, saved in bounded:
+                    _restore(weight, saved)
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Neither read nor fill the weights that a region of autocast has cast before."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _restore(value: Tensor, saved: Tensor) -> None:
+    # Writing equal bytes would still bump the version counter.
+    if not _same_bits(value, saved):
+        value.copy_(saved)
+
+
+def _is_in_parts(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Return whether this is a module of FSDP2 whose parameters are sharded now."""
+    return hasattr(module, "reshard") and any(map(is_sharded, module.parameters()))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_floating_point():
-        return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
-            a.isnan(), b.isnan()
-        )
-    return torch.equal(a, b)
+    if a.layout is not torch.strided or a.shape != b.shape or a.is_quantized:
+        return False
+    pairs = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*pairs)
 
 
 def _call(model: nn.Module, inputs: Any) -> object:
@@ -221,23 +265,27 @@ def _call(model: nn.Module, inputs: Any) -> object:
     return model(inputs)
 
 
-def _tensors(inputs: Inputs) -> list[Tensor]:
+def _tensors(inputs: object) -> Iterator[Tensor]:
+    """Yield every tensor in inputs, however deep."""
     if isinstance(inputs, Tensor):
-        return [inputs]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return [value for value in values if isinstance(value, Tensor)]
+        yield inputs
+    elif isinstance(inputs, Mapping | tuple | list):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from _tensors(value)
 
 
-def _slice(inputs: Inputs, start: int, stop: int | None) -> Inputs:
-    """Return some rows as tensors of their own: a model may work in place."""
+def _cut(value: Any, start: int, stop: int, n: int) -> Any:
+    """Return some of ``n`` examples, in tensors of their own: a model may change them.
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[start:stop].detach().clone()
-        return value
-
-    if isinstance(inputs, Tensor):
-        return inputs[start:stop].detach().clone()
-    if isinstance(inputs, Mapping):
-        return {key: cut(value) for key, value in inputs.items()}
-    return tuple(cut(value) for value in inputs)
+    Lists and arrays of ``n`` entries are cut like tensors; anything else is passed on.
+    """
+    if isinstance(value, Tensor):
+        return (value[start:stop] if value.ndim else value).detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _cut(item, start, stop, n) for key, item in value.items()}
+    if isinstance(value, tuple | list) and any(True for _ in _tensors(value)):
+        items = [_cut(item, start, stop, n) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, tuple | list | np.ndarray) and len(value) == n:
+        return value[start:stop]
+    return value

@@ -30,7 +30,7 @@ _FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
 def leaves(
-    value: object, *, layer: str, path: str = ""
+    value: object, *, layer: str, path: str = "", verb: str = "returned"
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(path, tensor)`` for every floating tensor in a layer's output.
 
@@ -43,6 +43,7 @@ def leaves(
         value: What the module returned.
         layer: Name for the message.
         path: Where ``value`` sits in the whole output.
+        verb: What the layer did with it, for the message.
 
     Yields:
         Paths and tensors, in order.
@@ -63,12 +64,12 @@ def leaves(
         named = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
     else:
         raise UnsupportedOutput(
-            f"layer {layer!r} returned a {type(value).__name__} "
+            f"layer {layer!r} {verb} a {type(value).__name__} "
             f"{'at ' + path + ' ' if path else ''}that cannot be read as tensors; "
             f"record a layer inside or after it"
         )
     for name, item in named:
-        yield from leaves(item, layer=layer, path=name)
+        yield from leaves(item, layer=layer, path=name, verb=verb)
 
 
 def _parts(value: Tensor, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -177,5 +178,7 @@ def mask_among(inputs: Mapping[str, object]) -> Tensor | None:
     for name in _MASKS:
         mask = inputs.get(name)
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
-            return mask.bool() if name == "attention_mask" else ~mask.bool()
+            # A copy: the caller may use his tensor again.
+            counts = mask.detach().to(torch.bool, copy=True)
+            return counts if name == "attention_mask" else ~counts
     return None

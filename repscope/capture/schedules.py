@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 from collections.abc import Callable, Iterable
 
 from repscope.errors import UsageError
@@ -29,9 +30,10 @@ def every(k: int) -> Schedule:
         >>> [step for step in range(7) if every(3)(step)]
         [0, 3, 6]
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    number = _as_int(k)
+    if number is None or number < 1:
         raise UsageError(f"every(k) needs a positive number of steps, got {k!r}")
-    return _Every(k)
+    return _Every(number)
 
 
 def log_spaced(n: int) -> Schedule:
@@ -52,9 +54,10 @@ def log_spaced(n: int) -> Schedule:
         >>> [step for step in range(101) if log_spaced(2)(step)]
         [0, 1, 3, 10, 32, 100]
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    number = _as_int(n)
+    if number is None or number < 1:
         raise UsageError(f"log_spaced(n) needs a positive count, got {n!r}")
-    return _LogSpaced(n)
+    return _LogSpaced(number)
 
 
 def at_steps(steps: Iterable[int]) -> Schedule:
@@ -73,11 +76,20 @@ def at_steps(steps: Iterable[int]) -> Schedule:
         >>> [step for step in range(9) if at_steps([2, 5])(step)]
         [0, 2, 5]
     """
-    wanted = list(steps)
-    for step in wanted:
-        if not isinstance(step, int) or step < 0:
+    wanted = []
+    for step in steps:
+        number = _as_int(step)
+        if number is None or number < 0:
             raise UsageError(f"at_steps needs step numbers >= 0, got {step!r}")
+        wanted.append(number)
     return _AtSteps(frozenset([0, *wanted]))
+
+
+def _as_int(value: object) -> int | None:
+    """Return an integer of any library as one of Python's; None for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
 
 
 class _Every:
@@ -132,7 +144,7 @@ def as_schedule(value: int | Schedule) -> Schedule:
     Raises:
         UsageError: If ``value`` is neither.
     """
-    if isinstance(value, int):
+    if not callable(value) and hasattr(value, "__index__"):
         return every(value)
     if not callable(value):
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     for name, module in model.named_modules():
-        clean = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        clean = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if wrapped:
             clean = clean.removeprefix("module").removeprefix(".")
         if clean:
@@ -60,7 +60,8 @@ def _is_leaf(module: nn.Module) -> bool:
     # Attention calls its out_proj by weight, never as a module: it counts as one.
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return next(module.children(), None) is None
+    # A parametrization computes a weight; it is no layer of its own.
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,7 +72,7 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if _is_leaf(module):
             found[name] = module
-            if isinstance(module, nn.MultiheadAttention):
+            if next(module.children(), None) is not None:
                 inside = (*inside, f"{name}.")
     return found
 
@@ -93,8 +94,34 @@ def layers(model: nn.Module) -> list[str]:
     return list(_leaves(model))
 
 
+def time_first(model: nn.Module) -> Collection[str]:
+    """Return the layers that work in a part of the model with time before examples.
+
+    Recurrent layers, attention and transformer layers say so (``batch_first``), and it
+    holds for all that is inside of them.
+
+    Args:
+        model: Any module.
+    """
+    found: list[str] = []
+    parts: tuple[str, ...] = ()
+    for name, module in named_modules(model):
+        attention = getattr(module, "self_attn", None)
+        says = [getattr(each, "batch_first", None) for each in (module, attention)]
+        if False in says:
+            parts = (*parts, f"{name}.")
+        if name.startswith(parts) and says[0] is None:
+            found.append(name)
+    return frozenset(found)
+
+
 def _unknown(pattern: str, model: nn.Module) -> UnknownLayer:
     names = [name for name, _ in named_modules(model)]
+    if not names:
+        return UnknownLayer(
+            f"no layer matches {pattern!r}: a {type(model).__name__} has no layers "
+            "inside; put it into nn.Sequential(...), where it has a name"
+        )
     return UnknownLayer(
         f"no layer matches {pattern!r}{suggest(pattern, names)} "
         f"(repscope.layers(model) lists all {len(layers(model))}; nothing was attached)"

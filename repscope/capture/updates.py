@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Collection
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class Updates:
         targets: What to copy, of the targets whose moment is ``"update"``.
         taps: The hooks of the forwards; those after the first update are of a later
             step.
+        meet: Called before anything is copied; None where no other rank is needed.
 
     Attributes:
         due: Whether the next update is to be copied.
@@ -40,27 +43,37 @@ class Updates:
         targets: Collection[str],
         *,
         taps: Taps,
+        meet: Callable[[], None] | None = None,
     ) -> None:
         self.due = False
         self.error: Exception | None = None
-        self._taps = taps
+        self._taps, self._meet = taps, meet
         self._model = weakref.ref(model)
         self._targets = [name for name in targets if TARGETS[name].moment == "update"]
         self._count = 0
+        self._frame: FrameType | None = None  # of the outermost step that runs
+        self._skipped = False
+        self._scale: Tensor | None = None
         self._before: dict[str, Tensor] = {}
         self._streams: dict[StreamKey, Tensor] = {}
         me = weakref.ref(self)
 
         # Most updates are only counted: these two cost little then.
-        def before(_: Optimizer, args: Any, kwargs: Any) -> Any:
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             watcher = me()
-            if watcher is None or not (watcher.due or taps.on):
+            if watcher is None or watcher._is_nested(sys._getframe(1)):
                 return None
-            return watcher._begin(args, kwargs)
+            watcher._skipped = _is_skipped(optimizer)
+            if not (watcher.due or taps.on) or watcher._skipped:
+                return None
+            return watcher._begin(optimizer, args, kwargs)
 
         def after(*_: Any) -> None:
             watcher = me()
-            if watcher is not None:
+            if watcher is None or watcher._frame is not sys._getframe(1):
+                return
+            watcher._frame = None
+            if not watcher._skipped:
                 watcher._count += 1
                 if watcher.due or taps.on:
                     watcher._end()
@@ -78,8 +91,9 @@ class Updates:
         """  # noqa: DOC502 - re-raised as it was
         count, streams = self._count, self._streams
         self._count, self._streams, self._before = 0, {}, {}
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
         return count, streams
 
     def take_one(self) -> bool:
@@ -95,7 +109,20 @@ class Updates:
             handle.remove()
 
     # -- called by the hooks -------------------------------------------------
-    def _begin(self, args: Any, kwargs: Any) -> Any:
+    def _is_nested(self, frame: FrameType) -> bool:
+        """Return whether a ``step`` runs inside another of the same optimizer.
+
+        One that calls that of its parent class is hooked twice.
+        """
+        caller: FrameType | None = frame.f_back
+        while self._frame is not None and caller is not None:
+            if caller is self._frame:
+                return True
+            caller = caller.f_back
+        self._frame = frame
+        return False
+
+    def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Copy what is there before an update.
 
         Returns:
@@ -105,14 +132,16 @@ class Updates:
         model = self._model()
         if self._count or model is None:
             return None
-        self._taps.enter_update()
-        if not self.due or not self._targets:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None and not (self.due and self._targets):
             return None
         try:
+            self._scale = getattr(optimizer, "grad_scale", None)
+            if self._meet is not None and self.due and self._targets:
+                self._meet()
             if "updates" in self._targets:
                 now = parameters(model).items()
                 self._before = {name: value.detach().clone() for name, value in now}
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 self._read(model)
                 return None
@@ -131,8 +160,11 @@ class Updates:
             result = closure()
             runs[0] += 1
             if runs[0] == 1:
+                # The later runs are at trial points, not at the weights of this step.
+                self._taps.pause()
                 try:
-                    self._read(model)
+                    if self.due:
+                        self._read(model)
                 except Exception as error:  # noqa: BLE001 - as above
                     self.error = self.error or error
             return result
@@ -144,8 +176,13 @@ class Updates:
     def _read(self, model: nn.Module) -> None:
         for target in self._targets:
             if (read := TARGETS[target].read) is not None:
-                found = read(model, None).items()
-                self._streams |= {(target, name): value for name, value in found}
+                found = read(model, None)
+                if self._scale is not None:  # a fused optimizer unscales by itself
+                    scale = float(self._scale)
+                    found = {name: value / scale for name, value in found.items()}
+                self._streams |= {
+                    (target, name): value for name, value in found.items()
+                }
 
     def _end(self) -> None:
         self._taps.pause()
@@ -161,3 +198,9 @@ class Updates:
         except Exception as error:  # noqa: BLE001 - a hook must never break a step
             self.error = self.error or error
         self._before = {}
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Return whether a fused optimizer was told that its gradients overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class Delivery:
         if writer is not None:
             self.progress = self._first = writer.progress or 0
             self._known = writer.recorded
-            writer.release = pool.take_back
+            writer.release = pool.renew
 
     @property
     def closed(self) -> bool:
@@ -113,6 +113,7 @@ class Delivery:
         nbytes = sum(tensor.nbytes for tensor in tensors)
         job = partial(self._deliver, snapshots, self.progress, rows, moments)
         if moments and self._ranks is not None:
+            self.worker.check()
             self.worker.call(job)  # all ranks at the same place of the program
         elif not self.worker.put(job, nbytes=nbytes):
             # Scalars take no room: they wait for the next time.
@@ -151,7 +152,7 @@ class Delivery:
         moments: bool,
         together: bool = True,
         timeout: float = math.inf,
-        interrupted: str | None = None,
+        facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Commit and end the store; after an error the call may be repeated.
 
@@ -159,10 +160,10 @@ class Delivery:
             moments: Record the moments kept so far.
             together: All ranks do so.
             timeout: Seconds it may take.
-            interrupted: What ended the run, if it did not end as it should.
+            facts: What the store should say at last.
         """
         commit = self._commit_job(moments, together)
-        job = partial(self._close, commit, interrupted)
+        job = partial(self._close, commit, facts)
         self.worker.call(job, timeout=timeout)
         self.worker.stop()
 
@@ -236,6 +237,7 @@ class Delivery:
     def _with_moments(self, snapshot: Snapshot, *, together: bool = True) -> Snapshot:
         found = self._streaming.drain()
         if self._ranks is not None and together:
+            self._ranks.meet("capture_now(), commit() or close()")
             found = self._ranks.reduce(found)
         new = {("moments", name): each.to_tensor() for name, each in found.items()}
         return dataclasses.replace(snapshot, streams={**snapshot.streams, **new})
@@ -243,6 +245,10 @@ class Delivery:
     def _commit(
         self, snapshots: list[Snapshot], step: int, moments: bool, together: bool
     ) -> None:
+        if moments and together and self._ranks is not None:
+            # First what needs no other rank.
+            self._commit(snapshots, step, moments=False, together=False)
+            snapshots = []
         if moments:
             kept = self._with_moments(Snapshot(step, {}), together=together)
             snapshots += [kept] if kept.streams else []
@@ -252,11 +258,11 @@ class Delivery:
             finally:  # what an earlier error left in memory comes first
                 self._writer.commit()
 
-    def _close(self, commit: Callable[[], None], interrupted: str | None) -> None:
+    def _close(self, commit: Callable[[], None], facts: Mapping[str, Any]) -> None:
         if self.closed:
             return
-        if interrupted is not None and self._writer is not None:
-            self._writer.annotate(interrupted=interrupted)
+        if facts and self._writer is not None:
+            self._writer.annotate(**facts)
         commit()
         if self._writer is not None:
             self._writer.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from repscope import __version__
 from repscope._checks import check_choice
@@ -32,6 +33,16 @@ from repscope.errors import UsageError
 from repscope.optim import describe
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+_OURS = frozenset(
+    {
+        "recorder",
+        "unlabelled",
+        "never_fired",
+        "passed_over",
+        "dropped_steps",
+        "interrupted",
+    }
+)
 _VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "h5py")
 
 
@@ -73,12 +84,22 @@ class Plan:
         moment = TARGETS[target].moment
         return moment == "state" or (moment == "forward" and self.probe is not None)
 
-    def silent(self) -> Plan:
-        """Return the plan of a rank that records nothing itself."""
-        wanted = self.settings.targets & {"moments"}
+    def silent(self, *, sharded: bool, own_rows: bool) -> Plan:
+        """Return the plan of a rank that records nothing itself.
+
+        Args:
+            sharded: It has parts of the parameters, so that the others need it to read
+                them or to run the model.
+            own_rows: Moments are of its rows too.
+        """
+        moments = frozenset({"moments"}) & set(self.targets)
+        targets = self.targets if sharded else tuple(moments)
+        wanted = moments if own_rows else frozenset[str]()
         settings = dataclasses.replace(self.settings, targets=wanted)
         chosen = self.chosen if wanted else []
-        return dataclasses.replace(self, settings=settings, chosen=chosen)
+        return dataclasses.replace(
+            self, targets=targets, settings=settings, chosen=chosen
+        )
 
 
 def make(
@@ -118,11 +139,20 @@ def make(
     if max_rows is not None and max_rows < 1:
         raise UsageError(f"max_rows must be positive, got {max_rows}")
     targets = check_targets(capture, optimizer=optimizer)
+    if any(is_lazy(value) for value in _state(model)):
+        raise UsageError(
+            "the model has parameters that its first forward will make; run one batch "
+            "through it before the recorder is built"
+        )
     batch = as_probe(probe)
     if batch is not None and "output_gradients" in targets:
         raise UsageError(
             "output_gradients come from the backward passes of training: leave "
             "probe= out, or take them out of capture="
+        )
+    if taken := _OURS.intersection(meta or {}):
+        raise UsageError(
+            f"meta= may not hold {', '.join(sorted(taken))}: the recorder writes that"
         )
     kind = _as_dtype(dtype)
     forward = frozenset(t for t in targets if TARGETS[t].moment == "forward")
@@ -150,6 +180,11 @@ def make(
     settings = Settings(forward, reduce, kind, choice, Pool(reuse=reuse))
     facts = {**(meta or {}), "recorder": about}
     return Plan(targets, chosen, batch, settings, facts)
+
+
+def _state(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -45,9 +47,11 @@ from repscope.recorder.held import Held, Number, Told
 from repscope.recorder.ranks import (
     MODES,
     Mode,
+    Ranks,
+    compare_probes,
     connect,
     rank_and_world,
-    refuse_equal_probes,
+    refuse_parts,
 )
 from repscope.recorder.worker import POLICIES, Policy, Worker
 from repscope.snapshot import Snapshot, StreamKey
@@ -137,11 +141,13 @@ class Recorder:
             checkpoint that was loaded: what was recorded after it stays on disk and
             is hidden from now on. Call `commit` where you save a checkpoint.
         ranks: What a distributed job records. ``"reduce"``: rank 0 records its own
-            rows, and moments are of the rows of all ranks. ``"shards"``: every rank
-            records into ``path/rank-<i>``, and `rs.open` of ``path`` shows them as one
-            run. Build the recorder on every rank and call its methods on all of them
-            alike; with ``"reduce"``, without moments and sharded parameters, rank 0 may
-            be alone.
+            rows, and moments are of the rows of all ranks (those of a probe that
+            several ranks have count once). ``"shards"``: every rank records into
+            ``path/rank-<i>``, and `rs.open` of ``path`` shows them as one run. Build
+            the recorder on every rank, after ``fully_shard``, and call its methods on
+            all of them alike; with ``"reduce"``, without moments and sharded
+            parameters, rank 0 may be alone. A rank whose recorder stops is waited for
+            by no other; theirs stop with a `CaptureError` that names it.
         policy: What happens when the disk is slower than what is recorded, and more
             than ``queue_bytes`` would wait: ``"block"`` waits, ``"drop_step"`` leaves
             the step out and counts it in the store's ``meta["dropped_steps"]``,
@@ -215,120 +221,141 @@ class Recorder:
         max_store_bytes: int | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        check_choice(on_error, ("warn", "raise"), name="on_error")
-        check_choice(ranks, MODES, name="ranks")
-        check_choice(policy, POLICIES, name="policy")
-        if queue_bytes < 1:
-            raise UsageError(f"queue_bytes must be positive, got {queue_bytes}")
-        self._plan = plan.make(
-            model,
-            layers=layers,
-            capture=capture,
-            probe=probe,
-            max_rows=max_rows,
-            reduce=reduce,
-            dtype=dtype,
-            optimizer=optimizer,
-            meta=meta,
-            reuse=not sinks,
-        )
-        self._due = as_schedule(every)
-        self._next: Callable[[int], int] | None = getattr(self._due, "next", None)
-        self._quiet_until = 0  # up to this step only scalars have to be kept
-        self._on_error = on_error
-        self.error: Exception | None = None
-        self.step_number = 0
-        self.bytes_per_capture: int | None = None
-        self._due_now, self._closed = True, False
-        self._unlabelled: set[str] = set()
-        self._held = Held()
-        self._ranks = connect(ranks, model, self._plan.targets)
-        self._agreed: int | None = None  # the step at which the ranks last agreed
-        rank, world = rank_and_world()
-        place, silent = Path(path), ranks == "reduce" and rank > 0
-        if silent:
-            self._plan = self._plan.silent()
-        if ranks == "shards" and world > 1:
-            self._plan.facts["recorder"]["ranks"] = {"rank": rank, "world": world}
-            place /= f"rank-{rank}"
-        self._attach(model, optimizer)
-        options = {"durability": durability, "max_store_bytes": max_store_bytes}
-        writer, new = self._open(None if silent else place, resume, ranks, options)
-        self.path = place if writer is None else writer.one_file or writer.path
-        append = durability == "append"
-        self._delivery = Delivery(
-            writer,
-            Worker(policy=policy, queue_bytes=queue_bytes, waits=append),
-            pool=self._plan.settings.pool,
-            sinks=sinks,
-            ranks=self._ranks if ranks == "reduce" else None,
-        )
-        self._start(new)
+        self._ranks = connect(ranks, model, capture)
+        with contextlib.ExitStack() as undo:  # nothing half-built stays behind
+            if self._ranks is not None:
+                undo.callback(self._ranks.leave)
+            check_choice(on_error, ("warn", "raise"), name="on_error")
+            check_choice(ranks, MODES, name="ranks")
+            check_choice(policy, POLICIES, name="policy")
+            if queue_bytes < 1:
+                raise UsageError(f"queue_bytes must be positive, got {queue_bytes}")
+            self._plan = plan.make(
+                model,
+                layers=layers,
+                capture=capture,
+                probe=probe,
+                max_rows=max_rows,
+                reduce=reduce,
+                dtype=dtype,
+                optimizer=optimizer,
+                meta=meta,
+                reuse=not sinks,
+            )
+            self._due = as_schedule(every)
+            self._next: Callable[[int], int] | None = getattr(self._due, "next", None)
+            self._quiet_until = 0  # up to this step only scalars have to be kept
+            self._on_error = on_error
+            self.error: Exception | None = None
+            self.step_number = 0
+            self.bytes_per_capture: int | None = None
+            self._due_now, self._closed = True, False
+            self._unlabelled: set[str] = set()
+            self._held = Held()
+            place, resume = self._take_part(Path(path), ranks, resume)
+            self._attach(model, optimizer)
+            undo.callback(self._detach_hooks)
+            append = durability == "append"
+            worker = Worker(policy=policy, queue_bytes=queue_bytes, waits=append)
+            undo.callback(worker.stop)
+            options = {"durability": durability, "max_store_bytes": max_store_bytes}
+            writer, new = self._open(place, resume, options)
+            self.path = place if writer is None else writer.one_file or writer.path
+            self._delivery = Delivery(
+                writer,
+                worker,
+                pool=self._plan.settings.pool,
+                sinks=sinks,
+                ranks=self._ranks if ranks == "reduce" else None,
+            )
+            undo.callback(self._delivery.undo, new=new)
+            self._start(new)
+            undo.pop_all()
         # Runs when the recorder is dropped or the program ends without close(). Not by
         # its own atexit flag: that would come after HDF5 has shut itself down.
         self._finalizer = weakref.finalize(
-            self, _close_abandoned, self._taps, self._delivery, self.path, os.getpid()
+            self,
+            _close_abandoned,
+            self._taps,
+            self._delivery,
+            self.path,
+            os.getpid(),
+            self._ranks,
         )
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
+
+    def _take_part(
+        self, path: Path, mode: Mode, resume: bool | int
+    ) -> tuple[Path, bool | int]:
+        """Settle what this rank records.
+
+        Returns:
+            Where, and from which step.
+        """
+        rank, world = rank_and_world()
+        self._silent = mode == "reduce" and rank > 0
+        if world == 1:
+            return path, resume
+        if mode == "shards":
+            self._plan.facts["recorder"]["ranks"] = {"rank": rank, "world": world}
+            path /= f"rank-{rank}"
+        done = earlier.progress(path, resume)
+        own_rows = sharded = False
+        if self._ranks is not None:
+            self._ranks.meet("Recorder()")
+            sharded = self._ranks.sharded
+            own_rows = compare_probes(self._ranks, mode, self._plan.probe)
+            if mode == "shards" and (least := min(self._ranks.gather(done))) < done:
+                resume = least  # what came after it is not there on every rank
+        if self._silent:
+            self._plan = self._plan.silent(sharded=sharded, own_rows=own_rows)
+            self.step_number = done
+        return path, resume
 
     def _attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> None:
         self._model = weakref.ref(model)
         chosen, settings = self._plan.chosen, self._plan.settings
-        self._checked = not chosen
+        self._hooks, self._checked = bool(chosen), not chosen
+        self._warned = False
+        # Layers are found by their names: the model alone keeps them.
+        self._plan = dataclasses.replace(self._plan, chosen=[])
         self._taps = Taps(model, chosen, settings=settings, live=self._plan.live)
         self._updates: Updates | None = None
         self.optimizer = optimizer
 
     def _open(
-        self, path: Path | None, resume: bool | int, mode: Mode, options: dict[str, Any]
+        self, path: Path, resume: bool | int, options: dict[str, Any]
     ) -> tuple[store.Writer | None, bool]:
-        """Return a writer, or None without a path, and whether its store is new."""
-        writer: store.Writer | None = None
-        new = True
-        try:
-            if path is not None:
-                facts = self._plan.facts
-                writer, new = earlier.open_or_create(path, facts, resume, **options)
-            if self._ranks is not None:
-                self._agree()
-                if mode == "shards" and self._plan.probe is not None:
-                    refuse_equal_probes(self._ranks, self._plan.probe.sha256)
-        except BaseException as error:
-            self._give_up(error)
-            if writer is not None:
-                (writer.discard if new else writer.abort)()
-            raise
+        """Return a writer, and whether its store is new; None where another has it."""
+        if self._silent:
+            return None, False
+        facts = self._plan.facts
+        writer, new = earlier.open_or_create(path, facts, resume, **options)
+        self.step_number = writer.progress or 0
         return writer, new
-
-    def _give_up(self, error: BaseException) -> None:
-        """Detach; let no other rank wait for this one."""
-        self._taps.detach()
-        if self._updates is not None:
-            self._updates.detach()
-        if self._ranks is not None and isinstance(error, Exception):
-            self._ranks.agree(error)
 
     def _start(self, new: bool) -> None:
         """Capture the step to start from, unless the store has it."""
-        delivery, plan = self._delivery, self._plan
-        try:
-            step = delivery.progress
-            if self._ranks is not None:  # one that records nothing follows the first
-                step = self._ranks.gather(step)[0]
-            self.step_number = delivery.progress = step
-            self._due_now = self._due(step)
-            looks = [target for target in plan.targets if plan.looks_at(target)]
-            if new or (self._due_now and not all(map(delivery.has, looks))):
-                self._send(step, self._look())
-            self._follow()
-        except BaseException as error:
-            # Nothing half-written stays behind a constructor that failed.
-            self._give_up(error)
-            delivery.undo(new=new)
-            raise
+        delivery, plan, step = self._delivery, self._plan, self.step_number
+        looks = [target for target in plan.targets if plan.looks_at(target)]
+        lacks = not (self._silent or all(map(delivery.has, looks)))
+        if self._ranks is not None:
+            self._ranks.meet("Recorder()")
+            # One that records nothing follows the first.
+            steps, news, all_lack = zip(
+                *self._ranks.gather((step, new, lacks)), strict=True
+            )
+            step, new, lacks = steps[0], any(news), any(all_lack)
+        self.step_number = delivery.progress = step
+        self._due_now = self._due(step)
+        if new or (self._due_now and lacks):
+            self._send(step, self._look())
+        self._follow()
+        if self._ranks is not None:
+            self._ranks.meet("Recorder()")
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -347,7 +374,12 @@ class Recorder:
         if optimizer is None or model is None:
             self._updates = None
             return
-        self._updates = Updates(model, optimizer, self._plan.targets, taps=self._taps)
+        meet: Callable[[], None] | None = None
+        if self._ranks is not None and self._ranks.sharded:
+            meet = partial(self._ranks.meet, "optimizer.step()")
+        self._updates = Updates(
+            model, optimizer, self._plan.targets, taps=self._taps, meet=meet
+        )
         self._updates.due = self._due_now
 
     # -- what the user calls --------------------------------------------------
@@ -393,13 +425,16 @@ class Recorder:
             before = self.step_number
             self.step_number += done
             if self.error is not None:
-                self._due_now = self._due(self.step_number)
-                self._tell_others()
                 return
             self._delivery.worker.check()
-            told = Told(None if loss is None else _own(loss), labels, mask, {
-                name: _own(value) for name, value in scalars.items()
-            })  # fmt: skip
+            own = {name: _own(value) for name, value in scalars.items()}
+            wanted = self._due_now and self._plan.live
+            told = Told(
+                None if loss is None else _own(loss),
+                _copied(labels) if wanted else None,
+                _copied(mask) if wanted else None,
+                own,
+            )
             if not done:
                 self._quiet_until = 0
                 self._taps.settle()  # what comes next is another micro-batch
@@ -459,14 +494,30 @@ class Recorder:
     def _close(self, interrupted: str | None = None) -> None:
         if self._closed:
             return
-        self._detach()
-        # May raise on a full disk: then close() can be retried. After an exception the
-        # other ranks may be far from here: nothing is done together.
-        end = partial(self._delivery.close, interrupted=interrupted)
+        # After an exception the other ranks may be far from here: nothing is done
+        # together, and what they do together goes on without this one.
+        if self._ranks is not None and interrupted is not None:
+            self._ranks.leave()
+
+        facts = self._facts()
+        if interrupted is not None:
+            facts["interrupted"] = interrupted
+
+        def end(**options: bool) -> None:
+            self._quiet_until = 0
+            self._detach_hooks()
+            self._delivery.close(facts=facts, **options)
+
+        # May raise on a full disk: then close() can be retried.
         self._finish(end, together=interrupted is None)
         self._closed = True
         self._finalizer.detach()
         atexit.unregister(self._finalizer)
+        if self._ranks is not None and self.error is None and interrupted is None:
+            try:
+                self._ranks.meet("close()")
+            except CaptureError as error:
+                self.error = error
         if self.error is not None:
             raise self.error
 
@@ -540,7 +591,11 @@ class Recorder:
         Raises:
             LabelMismatch: If there are not as many labels as examples.
         """
-        taken = self._taps.drain(_as_mask(told.mask))
+        mask = None if told.mask is None else torch.as_tensor(told.mask)
+        taken = self._taps.drain(mask)
+        if not taken.n_forwards:
+            self._warn_of_no_forward()
+            return _Seen({})
         self._check_fired()
         n, cpu = taken.n_examples, torch.device("cpu")
         if told.labels is None or not n:
@@ -554,13 +609,28 @@ class Recorder:
             )
         return self._seen(taken, as_labels(told.labels, n_samples=n, device=cpu))
 
+    def _warn_of_no_forward(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "a step was due, and the model ran no forward in training mode with "
+            "gradients since the call of step() before it: nothing is recorded of such "
+            "steps. Call model.train() after an evaluation, and step() before the next "
+            "forward, or give the recorder probe=",
+            RepScopeWarning,
+            stacklevel=5,
+        )
+
     def _look(self) -> _Seen:
         """Return what the probe and the model's state show right now.
 
         Raises:
             CaptureError: If the model was deleted.
         """
-        self._agree()
+        ranks = self._ranks
+        if ranks is not None:
+            ranks.look("step() or capture_now()")
         model = self._model()
         if model is None:
             raise CaptureError(
@@ -568,12 +638,17 @@ class Recorder:
                 "deleting it"
             )
         seen, probe = _Seen({}), self._plan.probe
-        if probe is not None and self._plan.sees_forwards:
+        together = ranks is not None and ranks.sharded
+        if not together:
+            refuse_parts(model)
+        if probe is not None and (self._hooks or together):
             with self._taps.collecting():
                 probe.run(original(model), before=self._taps.begin)
                 taken = self._taps.drain()
             self._check_fired()
             seen = self._seen(taken, probe.labels)
+            if ranks is not None and ranks.sharded:
+                ranks.meet("step() or capture_now()")  # what was taken may have failed
         for target in self._plan.targets:
             kind = TARGETS[target]
             if kind.moment == "state" and kind.read is not None:
@@ -604,7 +679,7 @@ class Recorder:
         if not (seen.streams or seen.rows or scalars or tags or moments):
             return
         self._delivery.send(snapshot, rows=seen.rows, moments=moments)
-        if self.bytes_per_capture is None and seen.streams:
+        if self.bytes_per_capture is None and seen.streams and not self._silent:
             self.bytes_per_capture = sum(t.nbytes for t in seen.streams.values())
             self._announce(self.bytes_per_capture)
 
@@ -643,59 +718,57 @@ class Recorder:
         self._checked = True
         silent = self._taps.check_fired()
         if silent:
-            self._delivery.note(never_fired=silent)
             warnings.warn(
-                f"{len(silent)} of the layers selected by a pattern never ran in the "
-                f"first captured step and are not recorded: {', '.join(silent[:5])}"
-                f"{', ...' if len(silent) > 5 else ''}",
+                f"{len(silent)} of the layers selected by a pattern did not run in the "
+                f"first captured step: {', '.join(silent[:5])}"
+                f"{', ...' if len(silent) > 5 else ''}. What never runs is not "
+                "recorded",
                 RepScopeWarning,
                 stacklevel=5,
             )
 
     # -- the end, good or bad -------------------------------------------------
-    def _detach(self) -> None:
-        self._quiet_until = 0
+    def _detach_hooks(self) -> None:
         self._taps.detach()
         if self._updates is not None:
             self._updates.detach()
-        if self._taps.passed_over:
-            found = {why: dict(each) for why, each in self._taps.passed_over.items()}
-            self._delivery.note(passed_over=found)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the store should say about layers that are not in it."""
+        passed = {why: dict(each) for why, each in self._taps.passed_over.items()}
+        silent = self._taps.silent if self._checked else []
+        facts = {"passed_over": passed, "never_fired": silent}
+        return {name: value for name, value in facts.items() if value}
 
     def _finish(self, end: Callable[..., None], *, together: bool = True) -> None:
         """Commit or close, with the moments kept so far."""
         moments = self._plan.keeps_moments and self.error is None
-        if self._ranks is not None and moments and together:
-            try:
-                self._agree()
-            except Exception as error:  # noqa: BLE001 - raised once all is durable
-                self.error = error
-        moments = moments and self.error is None
         try:
             end(moments=moments, together=together)
         except Exception as error:
-            # What the disk did not take waits in memory: then the call can be repeated.
-            if not isinstance(error, StoreError):
-                self.error = self.error or error
-            raise
-        self.error = self.error or self._delivery.worker.error
+            if self._ranks is None:
+                # What the disk did not take waits in memory: the call can be repeated.
+                if not isinstance(error, StoreError):
+                    self.error = self.error or error
+                raise
+            self._stop(error)
+            end(moments=False, together=False)  # what needs no other rank
+        failed = self._delivery.worker.error
+        if failed is not None:
+            self._stop(failed)
 
-    def _agree(self) -> None:
-        """Go on with all ranks, or with none."""
+    def _stop(self, error: Exception) -> None:
+        """Record nothing more; let no other rank wait."""
+        self.error = self.error or error
+        self._quiet_until = 0
         if self._ranks is not None:
-            self._agreed = self.step_number
-            self._ranks.agree(self.error)
-
-    def _tell_others(self) -> None:
-        """Let the other ranks know of an error, where they will ask for it."""
-        if self._due_now and self._agreed != self.step_number:
-            self._agree()
+            self._ranks.leave()
+        self._taps.detach()
+        if self._updates is not None:  # steps are still counted
+            self._updates.due = False
 
     def _fail(self, error: Exception) -> None:
-        self.error = self.error or error
-        self._detach()
-        self._due_now = self._due(self.step_number)
-        self._tell_others()
+        self._stop(error)
         if self._on_error == "raise":
             raise error
         warnings.warn(
@@ -707,9 +780,13 @@ class Recorder:
         )
 
 
-def _close_abandoned(taps: Taps, delivery: Delivery, path: Path, pid: int) -> None:
+def _close_abandoned(
+    taps: Taps, delivery: Delivery, path: Path, pid: int, ranks: Ranks | None
+) -> None:
     if os.getpid() != pid:  # a forked child inherits the object, not the run
         return
+    if ranks is not None:
+        ranks.leave()
     taps.detach()
     if delivery.closed:
         return
@@ -719,7 +796,7 @@ def _close_abandoned(taps: Taps, delivery: Delivery, path: Path, pid: int) -> No
             moments=True,
             together=False,
             timeout=_EXIT_SECONDS,
-            interrupted="never closed",
+            facts={"interrupted": "never closed"},
         )
     except Exception as error:  # noqa: BLE001 - the program is ending
         end = f"not all could be saved: {type(error).__name__}: {error}"
@@ -731,8 +808,11 @@ def _close_abandoned(taps: Taps, delivery: Delivery, path: Path, pid: int) -> No
     )
 
 
-def _as_mask(mask: Any) -> Tensor | None:
-    return None if mask is None else torch.as_tensor(mask)
+def _copied(value: Any) -> Any:
+    """Return labels or a mask in memory that the caller cannot reach."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if hasattr(value, "copy") else value
 
 
 def _own(value: Number) -> Number:

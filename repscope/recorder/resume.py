@@ -48,6 +48,20 @@ def open_or_create(
     return writer, False
 
 
+def progress(path: Path, resume: bool | int) -> int:
+    """Return the step that a run goes on from, as far as can be seen from here.
+
+    Args:
+        path: Where its store is, or will be.
+        resume: As given to the recorder.
+    """
+    if resume is not True:
+        return operator.index(resume)
+    if store.is_stillborn(path) or not store.exists(path):
+        return 0
+    return store.open(path).progress
+
+
 def _check_same(run: store.Run, now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that recorded something else.
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from repscope.errors import CaptureError, ForkedRecorder, QueueFull
+from repscope.errors import CaptureError, ForkedRecorder, QueueFull, StoreError
 
 Policy = Literal["block", "drop_step", "raise"]
 Job = Callable[[], None]
@@ -96,6 +96,9 @@ class Worker:
             Exception: What went wrong in the job.
         """  # noqa: DOC502 - re-raised as it was
         self._check_process()
+        if threading.current_thread() is self._thread:  # a sink, or the collector
+            job()
+            return
         task = _Task(job, 0)
         task.awaited = True
         end = time.monotonic() + timeout
@@ -131,7 +134,9 @@ class Worker:
             QueueFull: If it says so.
         """
         while (waiting := self._given - self._done) + nbytes > self._queue_bytes:
-            if not waiting:  # larger than the whole queue: it goes alone
+            # What takes no room is never refused; what is larger than the whole queue
+            # goes alone.
+            if not nbytes or not waiting:
                 return True
             if self._policy == "drop_step":
                 return False
@@ -176,13 +181,19 @@ class _Task:
 def _run(jobs: SimpleQueue[_Task | None], worker: Worker) -> None:
     while (task := jobs.get()) is not None:
         try:
-            task.job()
+            if task.awaited or worker.error is None or _can_wait(worker.error):
+                task.job()
         except Exception as error:  # noqa: BLE001 - raised where the user can see it
             task.error = error
             if not task.awaited:
                 worker.error = worker.error or error
         worker._done += task.nbytes
         task.finished.release()
+
+
+def _can_wait(error: Exception) -> bool:
+    """Return whether jobs after this error are done: those that a full disk keeps."""
+    return isinstance(error, StoreError)
 
 
 def has_spare_core() -> bool:

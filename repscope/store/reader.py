@@ -15,7 +15,7 @@ from torch import Tensor
 from repscope._checks import check_choice
 from repscope.errors import UnknownName, UsageError, suggest
 from repscope.linalg.moments import Moments
-from repscope.snapshot import EXAMPLES, Snapshot, StreamKey
+from repscope.snapshot import EXAMPLES, Snapshot, StreamKey, stream_name
 from repscope.store import shards
 from repscope.store.chunks import describe
 from repscope.store.contents import Trust
@@ -331,14 +331,11 @@ class Run:
             return None
         if layer is None:
             return self._catalog.load(LABELS, record)
-        if not self._catalog.has(key, record) or layer in self._unlabelled:
+        unlabelled = self.meta.get("unlabelled", ())
+        if not self._catalog.has(key, record) or stream_name(*key) in unlabelled:
             return None
         snapshot = self._catalog.snapshot(record, self._with_examples([key]))
         return snapshot.labels_of(layer, target=target)
-
-    @property
-    def _unlabelled(self) -> frozenset[str]:
-        return frozenset(self.meta.get("unlabelled", ()))
 
     def _with_examples(self, keys: Iterable[StreamKey]) -> list[StreamKey]:
         """Return streams, and those that say which example their rows belong to."""

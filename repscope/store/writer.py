@@ -303,8 +303,8 @@ class Writer:
             # Also of records that have only a tag, and no segment.
             new = [Batch(self._locate, 0, frame, seq)] if "steps" in frame else []
         if self.release is not None:
-            for record in self._pending.records:
-                self.release(record.tensors.values())
+            records = self._pending.records
+            self.release(t for record in records for t in record.tensors.values())
         self._pending.clear()
         self._logged, self._notes, self._about = 0, {}, about
         self._noted = frame.get("progress")
