@@ -546,7 +546,9 @@ def test_an_exactly_named_layer_that_never_runs_is_an_error(tmp_path):
 def test_a_glob_that_catches_one_warns_once_and_notes_it(tmp_path):
     model = Shortcut()
     with (
-        pytest.warns(errors.RepScopeWarning, match=r"did not run.*block\.inner") as seen,
+        pytest.warns(
+            errors.RepScopeWarning, match=r"did not run.*block\.inner"
+        ) as seen,
         rs.Recorder(model, tmp_path / "run", probe=data(6), every=1) as recorder,
     ):
         recorder.step()

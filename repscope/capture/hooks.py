@@ -154,7 +154,7 @@ class Taps:
         self._live = live
         self._model = weakref.ref(model)
         self._exact = {item.name: item.exact for item in chosen}
-        self._hooked: dict[str, weakref.ref[nn.Module]] = {}
+        self._hooked: list[tuple[list[str], weakref.ref[nn.Module]]] = []
         self._time_first = time_first(model) if chosen else frozenset()
         self._settings = settings
         self._done: list[Forward] = []
@@ -175,7 +175,8 @@ class Taps:
         # By name and each time anew: a head may have been replaced.
         modules = dict(named_modules(model))
         layers = {name: modules[name] for name in self._exact if name in modules}
-        self._hooked = {name: weakref.ref(module) for name, module in layers.items()}
+        paths = {module: name.split(".") for name, module in model.named_modules()}
+        self._hooked = [(paths[each], weakref.ref(each)) for each in layers.values()]
         before = layers if "inputs" in self._settings.targets else {}
         root = [model] if self._live else []
         self._handles = [
@@ -343,8 +344,7 @@ class Taps:
 
     def _is_stale(self, model: nn.Module) -> bool:
         """Return whether other modules have the names of the layers now."""
-        modules = dict(named_modules(model))
-        return any(modules.get(n) is not layer() for n, layer in self._hooked.items())
+        return any(_at(model, path) is not layer() for path, layer in self._hooked)
 
     def pause(self) -> None:
         """Copy no more forwards until `follow_training` says so; keep what there is."""
@@ -466,6 +466,14 @@ class Taps:
         model = self._model()
         if model is not None:
             _attached.discard(model)
+
+
+def _at(model: nn.Module, path: list[str]) -> nn.Module | None:
+    """Return the module at a path: few lines, as every captured step asks for it."""
+    module: nn.Module | None = model
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def _one(args: object, kwargs: object) -> object:

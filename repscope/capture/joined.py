@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ def join(
     Returns:
         None if there are no rows at all.
     """
+    if len(pieces) == 1 and _is_usual(pieces[0], n, choice):
+        return Joined(cast("Rows", pieces[0].rows).values, None, True, False)
     there = [piece for piece in pieces if piece.rows is not None]
     if not there:
         return None
@@ -101,6 +103,20 @@ def join(
     index = index if chosen is None else index[chosen]
     which = torch.cat(examples)[index] if known else None
     return Joined(torch.cat(values)[index], which, known, any(masks))
+
+
+def _is_usual(piece: Piece, n: int, choice: Choice | None) -> bool:
+    """Return whether these are all rows of all examples, as nearly always."""
+    rows, _, size, mask = piece
+    return (
+        rows is not None
+        and mask is None
+        and rows.ordered
+        and rows.examples is None
+        and rows.n_examples == size == n
+        and rows.total % max(n, 1) == 0
+        and (choice is None or rows.total <= choice.most)
+    )
 
 
 def _is_known(piece: Piece) -> bool:

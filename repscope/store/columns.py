@@ -17,6 +17,8 @@ from repscope.store.pending import Record
 
 Bytes = npt.NDArray[np.uint8]
 
+_BIG = 2**15  # bytes of a block that are worth a call of their own
+
 
 class Column:
     """The rows of one stream in one segment: blocks that concatenate along axis 0.
@@ -93,14 +95,14 @@ class Column:
         self.starts.append(start)
         self.rows.append(rows)
 
-    def chunks(self, rows: int) -> Iterator[memoryview]:
-        """Yield all bytes in pieces of ``rows`` rows, the last padded with zeros.
+    def chunks(self, rows: int) -> Iterator[list[memoryview]]:
+        """Yield all bytes by ``rows`` rows, the last of them padded with zeros.
 
         Args:
             rows: Rows of a chunk.
 
         Yields:
-            Memory that is only valid until the next piece is asked for.
+            The pieces of a chunk, only valid until the next chunk is asked for.
         """
         buffer = torch.empty([rows, *self.stored_row_shape], dtype=self.dtype)
         waiting: list[Tensor] = []
@@ -147,12 +149,17 @@ def plan(records: Sequence[Record], *, limit: int) -> Iterator[list[Column]]:
         yield list(columns.values())
 
 
-def _joined(blocks: Sequence[Tensor], buffer: Tensor) -> memoryview:
+def _joined(blocks: Sequence[Tensor], buffer: Tensor) -> list[memoryview]:
     """Return the bytes of all blocks, which fill the buffer."""
-    if len(blocks) > 1:  # one needs no copy: the usual case of big tensors
+    # Big ones need no copy; of small ones each would cost a few calls.
+    if len(blocks) > 1 and buffer.nbytes < len(blocks) * _BIG:
         torch.cat(list(blocks), out=buffer)
         blocks = [buffer]
-    data: Bytes = blocks[0].reshape(-1).view(torch.uint8).numpy()
+    return [_bytes(block) for block in blocks]
+
+
+def _bytes(block: Tensor) -> memoryview:
+    data: Bytes = block.reshape(-1).view(torch.uint8).numpy()
     return data.data
 
 

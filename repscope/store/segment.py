@@ -92,9 +92,13 @@ class Image:
         filled = [(part, column) for part, column in both if part.chunks]
         for part, column in sorted(filled, key=lambda each: each[0].chunks[0][0]):
             data = column.chunks(part.chunk_rows)
-            for chunk, piece in zip(part.chunks, data, strict=True):
-                chunk[1] = zlib.crc32(piece)
-                yield chunk[0], piece
+            for chunk, pieces in zip(part.chunks, data, strict=True):
+                offset, crc = chunk[0], 0
+                for piece in pieces:
+                    crc = zlib.crc32(piece, crc)
+                    yield offset, piece
+                    offset += len(piece)
+                chunk[1] = crc
         sums = [crc for part in self.parts for _, crc in part.chunks]
         yield self._own[0], seal(self._frame, sums)
         yield self._own[1], self._frame
