@@ -77,3 +77,26 @@ def _all(calls: list[Told], place: int) -> Any:
     if len(given) > 1:
         return torch.cat([torch.as_tensor(value) for value in given])
     return given[0] if given else None
+
+
+def copied(value: Any) -> Any:
+    """Return labels or a mask in memory that the caller cannot reach.
+
+    Args:
+        value: A tensor, an array, a list or anything that does not change.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if hasattr(value, "copy") else value
+
+
+def own_number(value: Number) -> Number:
+    """Return a scalar in memory that the caller cannot reach, on the device it is on.
+
+    Args:
+        value: A number or a tensor with one.
+    """
+    # On the CPU nothing has to be waited for.
+    if type(value) is Tensor and value.is_cpu and value.numel() == 1:
+        return float(value.item())
+    return value.detach().clone() if isinstance(value, Tensor) else float(value)

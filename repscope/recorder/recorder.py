@@ -43,7 +43,7 @@ from repscope.errors import (
 from repscope.recorder import plan
 from repscope.recorder import resume as earlier
 from repscope.recorder.delivery import Delivery, Sink
-from repscope.recorder.held import Held, Number, Told
+from repscope.recorder.held import Held, Number, Told, copied, own_number
 from repscope.recorder.ranks import (
     MODES,
     Mode,
@@ -427,12 +427,12 @@ class Recorder:
             if self.error is not None:
                 return
             self._delivery.worker.check()
-            own = {name: _own(value) for name, value in scalars.items()}
+            own = {name: own_number(value) for name, value in scalars.items()}
             wanted = self._due_now and self._plan.live
             told = Told(
-                None if loss is None else _own(loss),
-                _copied(labels) if wanted else None,
-                _copied(mask) if wanted else None,
+                None if loss is None else own_number(loss),
+                copied(labels) if wanted else None,
+                copied(mask) if wanted else None,
                 own,
             )
             if not done:
@@ -465,7 +465,7 @@ class Recorder:
         if self.error is not None:
             return
         try:
-            own = {name: _own(value) for name, value in scalars.items()}
+            own = {name: own_number(value) for name, value in scalars.items()}
             tags = () if tag is None else (tag,)
             self._send(self.step_number, self._look(), own, tags, moments=True)
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
@@ -558,9 +558,9 @@ class Recorder:
         self.step_number = delivery.progress = step + 1
         try:
             if loss is not None:
-                delivery.scalars(step, {"loss": _own(loss)})
+                delivery.scalars(step, {"loss": own_number(loss)})
             if scalars:
-                own = {name: _own(value) for name, value in scalars.items()}
+                own = {name: own_number(value) for name, value in scalars.items()}
                 delivery.scalars(step + 1, own)
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
             self._fail(error)
@@ -806,18 +806,3 @@ def _close_abandoned(
         RepScopeWarning,
         stacklevel=2,
     )
-
-
-def _copied(value: Any) -> Any:
-    """Return labels or a mask in memory that the caller cannot reach."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if hasattr(value, "copy") else value
-
-
-def _own(value: Number) -> Number:
-    # A copy: the user's loop may reuse the tensor before the store reads it. On the CPU
-    # nothing has to be waited for.
-    if type(value) is Tensor and value.is_cpu and value.numel() == 1:
-        return float(value.item())
-    return value.detach().clone() if isinstance(value, Tensor) else float(value)
