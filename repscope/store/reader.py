@@ -159,9 +159,13 @@ class Run:
 
     @property
     def shapes(self) -> dict[StreamKey, tuple[int, ...]]:
-        """Shape of the latest record of every stream."""
+        """Shape of the latest record of every stream; of moments, of the covariance."""
         catalog = self._catalog
-        return {key: catalog.shape(key, catalog.last[key]) for key in self.streams}
+        found = {key: catalog.shape(key, catalog.last[key]) for key in self.streams}
+        return {
+            key: (shape[-1], shape[-1]) if key[0] == "moments" else shape
+            for key, shape in found.items()
+        }
 
     # -- what it holds -------------------------------------------------------
     def read(

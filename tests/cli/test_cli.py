@@ -332,7 +332,7 @@ def streamed(tmp_path):
 def test_moments_alone_are_shown_measured_and_drawn(streamed, tmp_path, capsys):
     code, out, _ = run(capsys, "info", streamed)
     assert code == 0
-    assert "6 x 3" in out
+    assert "3 x 3" in out
     code, out, _ = run(capsys, "metrics", streamed, "--metric", "effective_rank")
     assert code == 0
     assert "moments" in out

@@ -20,8 +20,8 @@ from repscope.integrations.transformers import RecorderCallback  # noqa: E402
 pytestmark = [
     pytest.mark.integrations,
     # Fused attention does not call these; a test looks at the warning.
-    pytest.mark.filterwarnings("ignore:.*selected by a pattern never ran.*attn_drop"),
-    pytest.mark.filterwarnings("ignore:.*selected by a pattern never ran.*self.drop"),
+    pytest.mark.filterwarnings("ignore:.*selected by a pattern did not run.*attn_drop"),
+    pytest.mark.filterwarnings("ignore:.*selected by a pattern did not run.*self.drop"),
 ]
 
 N, BATCH, T = 24, 4, 5

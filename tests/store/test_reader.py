@@ -192,7 +192,7 @@ def test_moments_come_back_as_they_were_recorded(create):
     assert torch.equal(run.moments("fc1", tag="at 5").to_tensor(), every[0])
     assert torch.equal(run.read("fc1", 5, target="moments"), every[0])
     assert run.series("fc1", steps=[5, 10], target="moments").shape == (2, 6, 3)
-    assert run.shapes["moments", "fc1"] == (6, 3)
+    assert run.shapes["moments", "fc1"] == (3, 3)
     assert run.layers == ["fc2"]
     with pytest.raises(NonFiniteError, match="18 non-finite"):
         run.moments("fc1")
