@@ -1086,3 +1086,16 @@ def test_inputs_that_cannot_be_read_are_named_as_inputs(tmp_path):
     with pytest.raises(rs.errors.UnsupportedOutput) as error:
         rs.Recorder(Net(), tmp_path / "run", capture="inputs", probe=torch.ones(2, 4))
     assert "returned" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_made_an_error_stops_no_recording(tmp_path):
+    model, path = Skips(), tmp_path / "run"
+    recorder = rs.Recorder(model, path, every=1)
+    model(torch.randn(2, 4), skip=True)
+    with pytest.raises(RepScopeWarning, match="did not run"):
+        recorder.step()
+    model(torch.randn(2, 4))
+    recorder.step()
+    recorder.close()
+    assert layers_at(path) == {0: ["a"], 1: ["a", "b"]}

@@ -252,6 +252,7 @@ class Recorder:
             self._due_now, self._closed = True, False
             self._unlabelled: set[str] = set()
             self._held = Held()
+            self._notices: list[str] = []
             place, resume = self._take_part(Path(path), ranks, resume)
             self._attach(model, optimizer)
             undo.callback(self._detach_hooks)
@@ -284,6 +285,7 @@ class Recorder:
         )
         self._finalizer.atexit = False
         atexit.register(self._finalizer)
+        self._give_notice()
 
     def _take_part(
         self, path: Path, mode: Mode, resume: bool | int
@@ -443,6 +445,7 @@ class Recorder:
             self._end_step(before, self._held.drain(told), streams)
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
             self._fail(error)
+        self._give_notice()
 
     def capture_now(self, tag: str | None = None, **scalars: Number) -> None:
         """Capture at once, whatever the schedule says, under an optional name.
@@ -470,6 +473,7 @@ class Recorder:
             self._send(self.step_number, self._look(), own, tags, moments=True)
         except Exception as error:  # noqa: BLE001 - the policy decides what happens
             self._fail(error)
+        self._give_notice()
 
     def commit(self) -> None:
         """Make everything recorded so far durable.
@@ -613,13 +617,11 @@ class Recorder:
         if self._warned:
             return
         self._warned = True
-        warnings.warn(
+        self._notices.append(
             "a step was due, and the model ran no forward in training mode with "
             "gradients since the call of step() before it: nothing is recorded of such "
             "steps. Call model.train() after an evaluation, and step() before the next "
-            "forward, or give the recorder probe=",
-            RepScopeWarning,
-            stacklevel=5,
+            "forward, or give the recorder probe="
         )
 
     def _look(self) -> _Seen:
@@ -696,11 +698,9 @@ class Recorder:
         _log.info("%s: about %.3g MB at %d steps", self.path, whole / 1e6, len(steps))
         free = shutil.disk_usage(self.path.parent).free
         if whole > free:
-            warnings.warn(
+            self._notices.append(
                 f"recording {len(steps)} steps into {self.path} takes about "
-                f"{whole / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there",
-                RepScopeWarning,
-                stacklevel=5,
+                f"{whole / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there"
             )
 
     def _follow(self) -> None:
@@ -718,14 +718,17 @@ class Recorder:
         self._checked = True
         silent = self._taps.check_fired()
         if silent:
-            warnings.warn(
+            self._notices.append(
                 f"{len(silent)} of the layers selected by a pattern did not run in the "
                 f"first captured step: {', '.join(silent[:5])}"
                 f"{', ...' if len(silent) > 5 else ''}. What never runs is not "
-                "recorded",
-                RepScopeWarning,
-                stacklevel=5,
+                "recorded"
             )
+
+    def _give_notice(self) -> None:
+        """Warn of what was noticed, now that a warning made an error spoils nothing."""
+        while self._notices:
+            warnings.warn(self._notices.pop(0), RepScopeWarning, stacklevel=3)
 
     # -- the end, good or bad -------------------------------------------------
     def _detach_hooks(self) -> None:
