@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from repscope.capture import compiled
-from repscope.capture.forward import Forward, Settings, has_data, is_usual
+from repscope.capture.forward import Forward, Settings, has_data, readable
 from repscope.capture.joined import Piece, join
-from repscope.capture.rows import leaves, mask_among
+from repscope.capture.rows import mask_among
 from repscope.capture.selection import Selected, named_modules, time_first
 from repscope.errors import (
     AlreadyAttached,
@@ -129,6 +129,7 @@ class Taps:
         on: Whether hooks copy what they see.
         error: The first error met inside a hook, which must not break the training.
         passed_over: What was not copied: reason -> layer -> how often.
+        checked: Whether `check_fired` was asked, or has nothing to look at.
 
     Raises:
         AlreadyAttached: If another recorder is attached to ``model``.
@@ -161,7 +162,7 @@ class Taps:
         self._open: Forward | None = None
         self._aside: Counter[int] = Counter()  # forwards of no concern, by thread
         self._ran: set[str] = set()
-        self._checked = False
+        self.checked = not chosen
         self._handles: list[RemovableHandle] = []
         self._witnesses: list[RemovableHandle] = []
         if live and chosen:
@@ -175,8 +176,10 @@ class Taps:
         # By name and each time anew: a head may have been replaced.
         modules = dict(named_modules(model))
         layers = {name: modules[name] for name in self._exact if name in modules}
-        paths = {module: name.split(".") for name, module in model.named_modules()}
-        self._hooked = [(paths[each], weakref.ref(each)) for each in layers.values()]
+        if self._live:  # a probe asks for its layers each time
+            paths = {each: name.split(".") for name, each in model.named_modules()}
+            found = layers.values()
+            self._hooked = [(paths[each], weakref.ref(each)) for each in found]
         before = layers if "inputs" in self._settings.targets else {}
         root = [model] if self._live else []
         self._handles = [
@@ -194,7 +197,7 @@ class Taps:
             ),
             *(module.register_forward_hook(_End(self)) for module in root),
         ]
-        self._witnesses = [] if self._checked else self._watch_parents(model)
+        self._witnesses = [] if self.checked else self._watch_parents(model)
 
     def _watch_parents(self, model: nn.Module) -> list[RemovableHandle]:
         parents = {
@@ -267,8 +270,8 @@ class Taps:
             )
         for waiting, fills in calls:
             waiting.remove(fills)
-            tensors = (leaf for _, leaf in leaves(value, layer=layer) if has_data(leaf))
-            for leaf, fill in zip(tensors, fills, strict=True):
+            tensors = readable(value, layer=layer)
+            for (_, leaf), fill in zip(tensors, fills, strict=True):
                 if leaf.requires_grad:
                     leaf.register_hook(fill)
 
@@ -287,7 +290,7 @@ class Taps:
         self._aside.pop(threading.get_ident(), None)  # one that raised
         self.settle()
         given = _given(args, kwargs)
-        if all(is_usual(value) or has_data(value) for _, value in given):
+        if all(has_data(value) for _, value in given):
             self._open = self._forward(len(given[0][1]) if given else None)
             self._open.by_root = True
             self._open.mask = mask_among(dict(given)) if kwargs else None
@@ -379,12 +382,13 @@ class Taps:
             for key, pieces in forward.pieces.items():
                 parts[key] += [Piece(rows, n, size, own) for rows in pieces]
             n += size
-        return self._joined(parts, n, mask)._replace(n_forwards=len(done))
+        return self._joined(parts, n, len(done), mask)
 
     def _joined(
         self,
         parts: Mapping[StreamKey, Sequence[Piece]],
         n: int,
+        n_forwards: int,
         mask: Tensor | None,
     ) -> Taken:
         rows: dict[StreamKey, Tensor] = {}
@@ -411,7 +415,12 @@ class Taps:
                 f"mask= of shape {tuple(mask.shape)} fits no recorded layer: it says "
                 f"which tokens (n_examples, T) count, and {n} examples were recorded"
             )
-        return Taken(rows, moments, n, 0, frozenset(unlabelled))
+        return Taken(rows, moments, n, n_forwards, frozenset(unlabelled))
+
+    @property
+    def watches(self) -> bool:
+        """Whether there are layers to copy from."""
+        return bool(self._exact)
 
     @property
     def silent(self) -> list[str]:
@@ -429,7 +438,7 @@ class Taps:
         Raises:
             LayerNeverFired: If a layer that was named exactly never ran.
         """
-        self._checked = True
+        self.checked = True
         for handle in self._witnesses:
             handle.remove()
         silent = self.silent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,37 +63,33 @@ def join(
     Returns:
         None if there are no rows at all.
     """
-    if len(pieces) == 1 and _is_usual(pieces[0], n, choice):
-        return Joined(cast("Rows", pieces[0].rows).values, None, True, False)
-    there = [piece for piece in pieces if piece.rows is not None]
+    there = [
+        (piece.rows, piece.first, piece.n, _fitting(piece.mask, piece.rows))
+        for piece in pieces
+        if piece.rows is not None
+    ]
     if not there:
         return None
-    known = all(_is_known(piece) for piece in there)
-    masks = [
-        piece.mask is not None and _fits(piece.mask, piece.rows) for piece in there
-    ]
-    total = sum(piece.rows.total for piece in there if piece.rows is not None)
-    few = choice is None or total <= choice.most
-    if few and not any(masks) and (not known or _is_regular(pieces, n)):
-        values = [piece.rows.values for piece in there if piece.rows is not None]
-        if len(values) == 1:
-            return Joined(values[0], None, known, False)
-        settle()
-        return Joined(torch.cat(values), None, known, False)
+    values = [rows.values for rows, *_ in there]
+    known = all(_is_known(rows, size) for rows, _, size, _ in there)
+    masked = any(mask is not None for *_, mask in there)
+    few = choice is None or sum(rows.total for rows, *_ in there) <= choice.most
+    if few and not masked and (not known or _is_regular(pieces, n)):
+        if len(values) > 1:
+            settle()
+            values = [torch.cat(values)]
+        return Joined(values[0], None, known, False)
     settle()
-    values, numbers, examples, kept = [], [], [], []
+    numbers, examples, kept = [], [], []
     before = 0
-    for (rows, first, _, mask), masked in zip(there, masks, strict=True):
-        if rows is None:
-            continue
+    for rows, first, _, mask in there:
         number = rows.chosen
         if number is None:
             number = torch.arange(rows.total, device="cpu")
         example = _examples(rows, number)
         keep = torch.ones(len(number), dtype=torch.bool, device="cpu")
-        if masked and mask is not None:
+        if mask is not None:
             keep = mask.cpu().bool()[example, number % rows.n_tokens]
-        values.append(rows.values)
         kept.append(keep)
         numbers.append(number + before)
         examples.append(example + first)
@@ -102,29 +98,14 @@ def join(
     chosen = None if choice is None else choice.of(torch.cat(numbers)[index])
     index = index if chosen is None else index[chosen]
     which = torch.cat(examples)[index] if known else None
-    return Joined(torch.cat(values)[index], which, known, any(masks))
+    return Joined(torch.cat(values)[index], which, known, masked)
 
 
-def _is_usual(piece: Piece, n: int, choice: Choice | None) -> bool:
-    """Return whether these are all rows of all examples, as nearly always."""
-    rows, _, size, mask = piece
-    return (
-        rows is not None
-        and mask is None
-        and rows.ordered
-        and rows.examples is None
-        and rows.n_examples == size == n
-        and rows.total % max(n, 1) == 0
-        and (choice is None or rows.total <= choice.most)
-    )
-
-
-def _is_known(piece: Piece) -> bool:
-    """Return whether it is known which example of the record a row belongs to."""
-    rows = piece.rows
-    if rows is None or not rows.ordered or rows.n_examples != piece.n:
+def _is_known(rows: Rows, n: int) -> bool:
+    """Return whether it is known which of the ``n`` examples a row belongs to."""
+    if not rows.ordered or rows.n_examples != n:
         return False
-    return rows.examples is not None or rows.total % max(piece.n, 1) == 0
+    return rows.examples is not None or rows.total % max(n, 1) == 0
 
 
 def _is_regular(pieces: Sequence[Piece], n: int) -> bool:
@@ -140,10 +121,11 @@ def _is_regular(pieces: Sequence[Piece], n: int) -> bool:
     return len(each) <= 1
 
 
-def _fits(mask: Tensor, rows: Rows | None) -> bool:
-    return rows is not None and (
-        rows.ordered and mask.shape == (rows.n_examples, rows.n_tokens)
-    )
+def _fitting(mask: Tensor | None, rows: Rows) -> Tensor | None:
+    """Return a mask if it is one of these rows."""
+    shape = rows.n_examples, rows.n_tokens
+    fits = mask is not None and rows.ordered and mask.shape == shape
+    return mask if fits else None
 
 
 def _examples(rows: Rows, number: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
@@ -26,7 +27,7 @@ class Pool:
         self._free: dict[_Kind, deque[Tensor]] = defaultdict(deque)
         self._lent: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._arriving: dict[int, torch.cuda.Event] = {}
+        self._arriving: list[torch.cuda.Event] = []
 
     def copy(self, value: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return a copy of ``value`` on the CPU that nothing else writes to.
@@ -49,10 +50,14 @@ class Pool:
         return own
 
     def settle(self) -> None:
-        """Wait until every copy has arrived."""
-        while self._arriving:
-            _, event = self._arriving.popitem()
+        """Wait until every copy has arrived that was asked for before."""
+        waiting = self._arriving.copy()
+        for event in waiting:
             event.synchronize()
+        # Only now: another thread may be waiting for the same.
+        for event in waiting:
+            with contextlib.suppress(ValueError):
+                self._arriving.remove(event)
 
     def renew(self, tensors: Iterable[Tensor]) -> None:
         """Lend these again, and forget what was not wanted since the last time.
@@ -99,4 +104,4 @@ class Pool:
             value.record_stream(stream)
             event = torch.cuda.Event()
             event.record(stream)
-        self._arriving[id(own)] = event
+        self._arriving.append(event)

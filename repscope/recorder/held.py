@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +70,12 @@ class Held:
         scalars = {
             name: value for call in calls for name, value in call.scalars.items()
         }
-        return Told(loss, _all(calls, 1), _all(calls, 2), scalars)
+        labels = _all(call.labels for call in calls)
+        return Told(loss, labels, _all(call.mask for call in calls), scalars)
 
 
-def _all(calls: list[Told], place: int) -> Any:
-    given = [call[place] for call in calls if call[place] is not None]
+def _all(values: Iterable[Any]) -> Any:
+    given = [value for value in values if value is not None]
     if len(given) > 1:
         return torch.cat([torch.as_tensor(value) for value in given])
     return given[0] if given else None

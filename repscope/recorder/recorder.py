@@ -320,7 +320,6 @@ class Recorder:
     ) -> None:
         self._model = weakref.ref(model)
         chosen, settings = self._plan.chosen, self._plan.settings
-        self._hooks, self._checked = bool(chosen), not chosen
         self._warned = False
         # Layers are found by their names: the model alone keeps them.
         self._plan = dataclasses.replace(self._plan, chosen=[])
@@ -643,7 +642,7 @@ class Recorder:
         together = ranks is not None and ranks.sharded
         if not together:
             refuse_parts(model)
-        if probe is not None and (self._hooks or together):
+        if probe is not None and (self._taps.watches or together):
             with self._taps.collecting():
                 probe.run(original(model), before=self._taps.begin)
                 taken = self._taps.drain()
@@ -713,9 +712,8 @@ class Recorder:
             self._updates.due = self._due_now
 
     def _check_fired(self) -> None:
-        if self._checked:
+        if self._taps.checked:
             return
-        self._checked = True
         silent = self._taps.check_fired()
         if silent:
             self._notices.append(
@@ -739,7 +737,7 @@ class Recorder:
     def _facts(self) -> dict[str, Any]:
         """Return what the store should say about layers that are not in it."""
         passed = {why: dict(each) for why, each in self._taps.passed_over.items()}
-        silent = self._taps.silent if self._checked else []
+        silent = self._taps.silent if self._taps.checked else []
         facts = {"passed_over": passed, "never_fired": silent}
         return {name: value for name, value in facts.items() if value}
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from stores import assert_resumed_like
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -251,15 +252,7 @@ def test_a_resumed_training_goes_on_in_the_store(tmp_path, kind):
     fit(again, resumed, model=model, ckpt=ckpt, **on)
     assert resumed[0].recorder.step_number == (12 if kind is Net else 6)
 
-    a, b = rs.open(whole / "run"), rs.open(again / "run")
-    assert a.steps == b.steps
-    assert a.streams == b.streams
-    for target, layer in a.streams:
-        # Outputs end a step before weights do.
-        for step in a.steps[: -1 if target == "outputs" else None]:
-            expected = a.read(layer, step=step, target=target)
-            assert torch.equal(b.read(layer, step=step, target=target), expected)
-    assert a.scalars().equals(b.scalars())
+    assert_resumed_like(rs.open(again / "run"), rs.open(whole / "run"))
 
 
 def test_a_checkpoint_finds_its_step_in_the_store(tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stores import assert_resumed_like
 
 import repscope as rs
 
@@ -234,15 +235,7 @@ def test_a_resumed_training_goes_on_in_the_store(tmp_path, restore):
     train(again, [resumed], resume=str(again / "checkpoint-6"), **on)
     assert resumed.recorder.step_number == N // BATCH * 2
 
-    a, b = rs.open(whole / "run"), rs.open(again / "run")
-    assert a.steps == b.steps
-    assert a.streams == b.streams
-    for target, layer in a.streams:
-        # Outputs end a step before weights do.
-        for step in a.steps[: -1 if target == "outputs" else None]:
-            expected = a.read(layer, step=step, target=target)
-            assert torch.equal(b.read(layer, step=step, target=target), expected)
-    assert a.scalars().equals(b.scalars())
+    assert_resumed_like(rs.open(again / "run"), rs.open(whole / "run"))
 
 
 def test_a_checkpoint_finds_its_step_in_the_store(tmp_path):
