@@ -34,6 +34,7 @@ WALLS = {
     "dask": ("parallel",),
     "jinja2": ("report",),
     "ctypes": ("linalg",),
+    "cupy": ("linalg",),
     "triton": ("linalg",),
     "lightning": ("integrations",),
     "pytorch_lightning": ("integrations",),

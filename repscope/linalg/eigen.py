@@ -2,51 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from repscope._checks import as_float, check_finite
-from repscope.errors import MetricError, NotPositiveSemidefinite
+from repscope._checks import as_float, check_choice, check_finite, is_finite
+from repscope.errors import (
+    MetricError,
+    NotPositiveSemidefinite,
+    UsageError,
+)
+from repscope.linalg import choice
+from repscope.linalg.routes import Unavailable
+
+Backend = Literal["auto", "torch", "scipy", "numpy", "cusolver", "cupy"]
 
 # Rounding in a float32 covariance stays far below, a matrix of features far above.
 _ASYMMETRY = 1e-4
+# Decomposed at a time: a group is checked while it is in a cache, and bounds what is
+# allocated beside the input, however large the batch.
+_GROUP_BYTES = {"cpu": 2**20, "cuda": 2**28}
+
+_told: set[str] = set()
 
 
-def eigvalsh(C: Any) -> Tensor:
+def eigvalsh(C: Any, *, backend: Backend = "auto") -> Tensor:
     r"""Return the eigenvalues of symmetric matrices in descending order.
 
     The symmetric part :math:`(C + C^\top)/2` is decomposed. Values are not clipped: a
-    Hessian may be indefinite. ``spectrum`` clips, because a covariance may not.
+    Hessian may be indefinite. ``spectrum`` clips, because a covariance may not. A batch
+    is taken in groups of some megabytes, so it may be larger than the memory that is
+    left (an expanded tensor, a mapped file).
 
     Args:
         C: Symmetric matrices, shape ``(..., n, n)``.
+        backend: ``"torch"``, ``"numpy"`` and ``"scipy"`` name LAPACKs on the CPU
+            (torch also computes on CUDA); ``"cusolver"`` and ``"cupy"`` routes on
+            CUDA. ``"auto"`` takes the fastest for the size, dtype and
+            device, and the next one if it fails, which is said once.
 
     Returns:
-        Shape ``(..., n)``, descending; float32 stays float32, all else is float64.
+        Shape ``(..., n)``, descending, on the device of ``C``; float32 stays float32,
+        with an error of at most about :math:`\sqrt n\,\epsilon` of the largest
+        magnitude; all else is float64.
+
+    Raises:
+        UsageError: If the named backend cannot serve these matrices here.
+        MetricError: If every route gives up.
 
     Example:
         >>> eigvalsh([[2.0, 1.0], [1.0, 2.0]])
         tensor([3., 1.], dtype=torch.float64)
-    """
+    """  # noqa: DOC502 - raised where the routes are tried
+    check_choice(backend, ("auto", *choice.ROUTES), name="backend")
     matrices = as_float(C, name="C")
     _check_square(matrices)
-    check_finite(matrices, name="C")
-    gap = matrices - matrices.mT
-    _check_symmetric(matrices, gap)
-    return _ascending(torch.add(matrices, gap, alpha=-0.5)).flip(-1)
+    lead, n = matrices.shape[:-2], matrices.shape[-1]
+    count, step = lead.numel(), _group_length(matrices)
+    values = matrices.new_empty(count, n)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        group = _checked_group(matrices, start, stop)
+        values[start:stop] = decompose(group, backend=backend)
+    return values.reshape(*lead, n)
 
 
-def _ascending(symmetric: Tensor) -> Tensor:
-    try:
-        values: Tensor = torch.linalg.eigvalsh(symmetric)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its stub
-        if symmetric.dtype == torch.float64:
-            raise
-        # Many equal eigenvalues near zero make float32 LAPACK give up.
-        values = torch.linalg.eigvalsh(symmetric.to(torch.float64))
-    return values.to(symmetric.dtype)
+def decompose(C: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Return eigenvalues of matrices that are known to be symmetric and finite.
+
+    Args:
+        C: Shape ``(batch, n, n)``, contiguous; it is left as it is.
+        backend: As for `eigvalsh`.
+
+    Returns:
+        Shape ``(batch, n)``, descending.
+
+    Raises:
+        UsageError: If the named backend cannot serve these matrices here.
+        MetricError: If every route gives up.
+    """
+    if backend != "auto":
+        try:
+            return choice.ROUTES[backend](C).flip(-1)
+        except Unavailable as why:
+            raise UsageError(f"backend={backend!r} cannot do this here: {why}") from why
+    last = ""
+    for name in choice.order(C):
+        try:
+            return choice.ROUTES[name](C).flip(-1)
+        except Unavailable as why:
+            _say_once(name, last := str(why))
+    if C.dtype != torch.float64:
+        # Many equal eigenvalues near zero make float32 routines give up.
+        return decompose(C.to(torch.float64)).to(C.dtype)
+    raise MetricError(
+        f"no route could decompose these {len(C)} matrices of shape "
+        f"{tuple(C.shape[1:])} ({C.dtype}, {C.device}): {last}"
+    )
+
+
+def _say_once(name: str, why: str) -> None:
+    if name in _told:
+        return
+    _told.add(name)
+    warnings.warn(
+        f"eigenvalues by {name} were not to be had, another route is taken "
+        f"from now on without a word: {why}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _group_length(C: Tensor) -> int:
+    n = C.shape[-1]
+    room = _GROUP_BYTES["cpu" if C.is_cpu else "cuda"]
+    return max(1, room // (n * n * C.element_size()))
+
+
+def _checked_group(C: Tensor, start: int, stop: int) -> Tensor:
+    """Return matrices ``start..stop`` of a batch, checked, and exactly symmetric."""
+    lead = C.shape[:-2]
+    where = torch.arange(start, stop, device=C.device)
+    # Picked by index, because a reshape would copy what is expanded or mapped.
+    group = C[torch.unravel_index(where, lead)] if lead else C[None]
+    if not is_finite(group):
+        check_finite(C, name="C")  # the whole batch, to name the place in it
+    gap = group - group.mT
+    if bool(gap.any()):
+        _check_symmetric(group, gap)
+        return group - gap / 2
+    return group.contiguous()
 
 
 def _check_square(C: Tensor) -> None:

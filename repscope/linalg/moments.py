@@ -1,122 +1,19 @@
-"""Means and covariances in float64, at once or streamed.
-
-Features have shape ``(..., n_samples, n_features)``. Deviations are squared after the
-mean is subtracted, never as ``E[xx] - E[x]E[x]``, whose cancellation leaves no correct
-digit once the mean is large against the spread.
-"""
+"""Means and covariances of rows that stream by, in float64."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from repscope._checks import as_features, as_tensor, check_finite
 from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
+from repscope.linalg.covariance import degrees_of_freedom, multiply_transposed
 
 # Rows converted to float64 at a time: bounds the copy, keeps the GEMM efficient.
 _BLOCK_ROWS = 8192
 _GATHERED_ROWS = 1024
-
-
-def covariance(X: Any, *, center: bool = True, ddof: int = 1) -> Tensor:
-    r"""Return the covariance of the features.
-
-    :math:`C = (X - \bar x)^\top (X - \bar x) / (n - \mathrm{ddof})`, computed in
-    float64 in two passes. With ``center=False`` it is the second moment
-    :math:`X^\top X / (n - \mathrm{ddof})`.
-
-    Args:
-        X: Features, shape ``(..., n_samples, n_features)``.
-        center: Subtract the mean of each feature first.
-        ddof: Delta degrees of freedom of the normalisation.
-
-    Returns:
-        Float64 tensor of shape ``(..., n_features, n_features)`` on the device of
-        ``X``.
-
-    Raises:
-        MetricError: If the products leave the float64 range.
-
-    Example:
-        >>> covariance([[1.0, 0.0], [3.0, 4.0]])
-        tensor([[2., 4.],
-                [4., 8.]], dtype=torch.float64)
-    """
-    features = as_features(X)
-    divisor = degrees_of_freedom(features.shape[-2], ddof=ddof)
-    rows = deviations(features.to(torch.float64), center=center)
-    C = rows.mT @ rows / divisor
-    if not bool(torch.isfinite(C).all()):
-        raise MetricError(
-            "the covariance of X leaves the float64 range; divide X by its largest "
-            "magnitude first (ranks and shares do not change)"
-        )
-    return C
-
-
-def degrees_of_freedom(n_samples: int, *, ddof: int) -> int:
-    """Return ``n_samples - ddof``, refusing samples too few for a covariance.
-
-    Args:
-        n_samples: Rows.
-        ddof: Delta degrees of freedom.
-
-    Returns:
-        A positive divisor.
-
-    Raises:
-        NotEnoughSamples: If there are fewer than 2 samples, or no more than ``ddof``.
-    """
-    needed = max(2, ddof + 1)
-    if n_samples < needed:
-        raise NotEnoughSamples(
-            f"a covariance with ddof={ddof} needs at least {needed} samples, "
-            f"got {n_samples}"
-        )
-    return n_samples - ddof
-
-
-def deviations(X: Tensor, *, center: bool) -> Tensor:
-    """Return ``X`` minus the mean of each feature, or ``X`` itself.
-
-    Args:
-        X: Features, shape ``(..., n_samples, n_features)``.
-        center: Whether to subtract.
-
-    Returns:
-        A tensor of the same shape.
-    """
-    return X - X.mean(-2, keepdim=True) if center else X
-
-
-def rescaled(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each matrix in float64 with entries of order one, and its exponent.
-
-    The scale is a power of two, so no digit is lost, and squares can neither
-    overflow nor underflow.
-
-    Args:
-        X: Finite matrices, shape ``(..., n, d)``.
-
-    Returns:
-        ``X * 2**-exponent`` and ``exponent``, float64 of shape ``(...)``.
-    """
-    top = X.abs().amax((-2, -1)).to(torch.float64)
-    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
-    exponent = torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
-    return X.to(torch.float64) * torch.exp2(-exponent)[..., None, None], exponent
-
-
-def _scatter(rows: Tensor) -> Tensor:
-    """Return ``rows.mT @ rows``; numpy's product of both halves the work on a CPU."""
-    if not rows.is_cpu:
-        return rows.mT @ rows
-    plain = rows.numpy()
-    with np.errstate(all="ignore"):  # what overflows is infinite, here as in torch
-        return torch.from_numpy(plain.T @ plain)
 
 
 class _Sums(NamedTuple):
@@ -133,12 +30,12 @@ class _Sums(NamedTuple):
 
     @classmethod
     def around(cls, shifted: Tensor, origin: Tensor) -> _Sums:
-        n, offset, scatter = len(shifted), shifted.mean(0), _scatter(shifted)
+        n, offset, scatter = len(shifted), shifted.mean(0), multiply_transposed(shifted)
         # Usually the origin is close, and a correction of rank one loses no digit.
         if bool((2 * n * offset.square() <= scatter.diagonal()).all()):
             scatter -= torch.outer(offset, n * offset)
         else:
-            scatter = _scatter(shifted - offset)
+            scatter = multiply_transposed(shifted - offset)
         return cls(n, origin, offset, scatter)
 
     def __or__(self, other: _Sums) -> _Sums:
@@ -480,14 +377,14 @@ class Gathering:
             return
         self._waiting = 0
         shifted = rows[:n]
-        total, products = shifted.sum(0), _scatter(shifted)
+        total, products = shifted.sum(0), multiply_transposed(shifted)
         if bool((2 * total.square() > n * products.diagonal()).any()):
             # The mean has drifted away: a new origin, before digits are lost.
             self._settle()
             mean = total / n
             self._begin(sums.origin + mean)
             shifted -= mean
-            total, products = shifted.sum(0), _scatter(shifted)
+            total, products = shifted.sum(0), multiply_transposed(shifted)
             sums = cast("_Sums", self._sums)
         sums.offset.add_(total)
         sums.scatter.add_(products)

@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features, as_tensor
+from repscope._checks import as_features, as_tensor, check_choice
 from repscope.errors import MetricError
-from repscope.linalg.eigen import clip_rounding, eigvalsh
-from repscope.linalg.moments import (
-    Moments,
+from repscope.linalg.covariance import (
     degrees_of_freedom,
-    deviations,
+    gram,
+    in_scale,
+    largest,
     rescaled,
+    scale_exponent,
+    scatter,
 )
+from repscope.linalg.eigen import clip_rounding, decompose
+from repscope.linalg.moments import Moments
+
+Accuracy = Literal["eigenvalues", "ranks"]
 
 _EPS = torch.finfo(torch.float64).eps
+_EPS_SINGLE = torch.finfo(torch.float32).eps
+# Relative error of an effective rank that is not worth the digits of float64.
+_RANK_ERROR = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +69,12 @@ class Eigenvalues:
 
 
 def covariance_eigenvalues(
-    Xs: Sequence[Any], *, names: Sequence[str], center: bool, ddof: int
+    Xs: Sequence[Any],
+    *,
+    names: Sequence[str],
+    center: bool,
+    ddof: int,
+    accuracy: Accuracy = "eigenvalues",
 ) -> list[Eigenvalues]:
     """Return the eigenvalues of the covariance of each of many feature matrices.
 
@@ -69,27 +83,60 @@ def covariance_eigenvalues(
         names: What to call each in a message.
         center: Subtract the mean of each feature.
         ddof: Delta degrees of freedom of the normalisation.
+        accuracy: ``"ranks"`` computes in float32 where the data are no more than that
+            and the spectrum does not reach down to where float32 rounds.
 
     Returns:
         One entry per input, in order, padded with exact zeros to ``n_features``.
     """
+    check_choice(accuracy, get_args(Accuracy), name="accuracy")
     parts = [
-        (_of_moments if isinstance(X, Moments) else _condensed)(
-            X, name=name, center=center, ddof=ddof
-        )
+        _of_moments(X, name=name, center=center, ddof=ddof)
+        if isinstance(X, Moments)
+        else _condensed(X, name, center, ddof, quick=accuracy == "ranks")
         for X, name in zip(Xs, names, strict=True)
     ]
-    same_size: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
+    values = _decomposed(parts)
+    again = [
+        i
+        for i, (part, own) in enumerate(zip(parts, values, strict=True))
+        if part.matrices.dtype == torch.float32 and _is_rounding(part, own)
+    ]
+    for i in again:
+        parts[i] = _condensed(Xs[i], names[i], center, ddof, quick=False)
+    for i, own in zip(again, _decomposed([parts[i] for i in again]), strict=True):
+        values[i] = own
+    return [part.finish(own) for part, own in zip(parts, values, strict=True)]
+
+
+def _decomposed(parts: Sequence[_Condensed]) -> list[Tensor]:
+    """Return the eigenvalues of each part, those of one size together."""
+    same_size: dict[Any, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
-        same_size[part.matrices.shape[-1], part.matrices.device].append(i)
-    done: dict[int, Eigenvalues] = {}
+        matrices = part.matrices
+        same_size[matrices.shape[-1], matrices.dtype, matrices.device].append(i)
+    done: dict[int, Tensor] = {}
     for members in same_size.values():
-        values = eigvalsh(torch.cat([parts[i].matrices for i in members]))
-        pieces = torch.split(values, [len(parts[i].matrices) for i in members])
-        done |= {
-            i: parts[i].finish(own) for i, own in zip(members, pieces, strict=True)
-        }
+        together = torch.cat([parts[i].matrices for i in members])
+        pieces = torch.split(
+            decompose(together), [len(parts[i].matrices) for i in members]
+        )
+        done |= dict(zip(members, pieces, strict=True))
     return [done[i] for i in range(len(parts))]
+
+
+def _is_rounding(part: _Condensed, values: Tensor) -> bool:
+    """Return whether more of a spectrum is float32 rounding than ranks bear.
+
+    A value below ``noise * top`` can be anything up to that. As a share ``p`` it moves
+    the entropy by ``-p log p`` at most, and the effective rank by as much, relatively.
+    """
+    size = values.shape[-1]
+    noise = size**0.5 * _EPS_SINGLE
+    filled = torch.full_like(part.live, part.rank).minimum(part.live)
+    doubtful = filled - (values > noise * values[..., :1]).sum(-1)
+    share = noise * values[..., 0] / values.sum(-1)
+    return bool((-doubtful * torch.xlogy(share, share) > _RANK_ERROR).any())
 
 
 def squared_singular_values(W: Tensor, *, name: str) -> Eigenvalues:
@@ -120,6 +167,7 @@ class _Condensed:
     constant: Tensor
     shape: tuple[int, int]
     rank: int
+    live: Tensor  # rows and columns that are not zero, shape (batch,)
 
     def finish(self, values: Tensor) -> Eigenvalues:
         """Clip, drop rounding noise and pad.
@@ -131,7 +179,11 @@ class _Condensed:
             Eigenvalues with the leading dimensions of the features.
         """
         values = clip_rounding(values, name=self.name)
-        values = _without_noise(values, max(self.shape) * _EPS)
+        single = values.dtype == torch.float32
+        cut = (
+            values.shape[-1] ** 0.5 * _EPS_SINGLE if single else max(self.shape) * _EPS
+        )
+        values = _without_noise(values.to(torch.float64), cut)
         values[..., self.rank :] = 0.0
         values = values.reshape(*self.constant.shape, -1)
         values = values.masked_fill(self.constant[..., None], 0.0)
@@ -139,23 +191,36 @@ class _Condensed:
         return Eigenvalues(self.name, values, self.exponent, self.constant, self.shape)
 
 
-def _condensed(value: Any, *, name: str, center: bool, ddof: int) -> _Condensed:
+def _condensed(
+    value: Any, name: str, center: bool, ddof: int, *, quick: bool
+) -> _Condensed:
     raw = as_tensor(value)
     X = as_features(raw, name=name)
-    n, d = X.shape[-2:]
+    lead, (n, d) = X.shape[:-2], X.shape[-2:]
     divisor = degrees_of_freedom(n, ddof=ddof)
-    features, exponent = rescaled(X)
-    rows = deviations(features, center=center)
-    matrices = (rows @ rows.mT if n < d else rows.mT @ rows) / divisor
-    if center:
-        total = matrices.diagonal(dim1=-2, dim2=-1).sum(-1) * divisor / n
-        constant = _is_constant(features, rows, total, resolution=_resolution(raw))
-    else:
-        constant = features.eq(0).all(-1).all(-1)
-    size = min(n, d)
-    matrices = matrices.reshape(-1, size, size)
-    rank = min(n - center, d)
-    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
+    single = raw.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    dtype = torch.float32 if quick and single else torch.float64
+    rows = X.reshape(-1, n, d)
+    top = largest(rows)
+    exponent = scale_exponent(top, dtype)
+    rows, top = in_scale(rows, exponent), top * torch.exp2(-exponent)
+    matrices = (gram if n < d else scatter)(rows, center=center, dtype=dtype) / divisor
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    total = diagonal.sum(-1) * divisor / n
+    constant = total <= d * (_resolution(raw) * top).square() if center else top == 0
+    if center and bool(constant.any()):
+        if dtype == torch.float32:
+            return _condensed(value, name, center, ddof, quick=False)
+        constant &= _is_constant(rows.double(), resolution=_resolution(raw))
+    return _Condensed(
+        name=name,
+        matrices=matrices.to(dtype),
+        exponent=exponent.reshape(lead),
+        constant=constant.reshape(lead),
+        shape=(n, d),
+        rank=min(n - center, d),
+        live=(diagonal > 0).sum(-1),
+    )
 
 
 def _of_moments(moments: Moments, *, name: str, center: bool, ddof: int) -> _Condensed:
@@ -177,18 +242,13 @@ def _of_moments(moments: Moments, *, name: str, center: bool, ddof: int) -> _Con
     d = len(mean)
     rank = min(n - center, d)
     matrices = (C * (n / divisor))[None]
-    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
+    live = (C.diagonal() > 0).sum()[None]
+    return _Condensed(name, matrices, exponent, constant, (n, d), rank, live)
 
 
-def _is_constant(
-    X: Tensor, rows: Tensor, total: Tensor, *, resolution: float
-) -> Tensor:
-    # No entry of X exceeds 1, so this much total variance settles it at once.
-    varies = total > X.shape[-1] * resolution**2
-    if bool(varies.all()):
-        return ~varies
+def _is_constant(X: Tensor, *, resolution: float) -> Tensor:
     # Feature by feature: a wide one must not hide a narrow one beside it.
-    spread = rows.square().mean(-2).sqrt()
+    spread = (X - X.mean(-2, keepdim=True)).square().mean(-2).sqrt()
     return (spread <= resolution * X.abs().amax(-2)).all(-1)
 
 

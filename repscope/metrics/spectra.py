@@ -17,9 +17,10 @@ from torch import Tensor
 
 from repscope._checks import as_features, as_float, check_choice, check_finite
 from repscope.errors import MetricError, UsageError
+from repscope.linalg.covariance import rescaled
 from repscope.linalg.eigen import clip_rounding
-from repscope.linalg.moments import rescaled
 from repscope.linalg.spectral import (
+    Accuracy,
     Eigenvalues,
     covariance_eigenvalues,
     squared_singular_values,
@@ -65,14 +66,22 @@ def spectrum(X: Any, *, center: bool = True, ddof: int = 1) -> Spectrum:
 
 @overload
 def spectra(
-    X: Mapping[Key, Any], *, center: bool = ..., ddof: int = ...
+    X: Mapping[Key, Any],
+    *,
+    center: bool = ...,
+    ddof: int = ...,
+    accuracy: Accuracy = ...,
 ) -> dict[Key, Spectrum]: ...
 @overload
 def spectra(
-    X: Sequence[Any], *, center: bool = ..., ddof: int = ...
+    X: Sequence[Any], *, center: bool = ..., ddof: int = ..., accuracy: Accuracy = ...
 ) -> list[Spectrum]: ...
 def spectra(
-    X: Mapping[Key, Any] | Sequence[Any], *, center: bool = True, ddof: int = 1
+    X: Mapping[Key, Any] | Sequence[Any],
+    *,
+    center: bool = True,
+    ddof: int = 1,
+    accuracy: Accuracy = "eigenvalues",
 ) -> dict[Key, Spectrum] | list[Spectrum]:
     """Return the spectrum of every matrix, with one decomposition per matrix size.
 
@@ -83,6 +92,9 @@ def spectra(
             `Moments`.
         center: Subtract the mean of each feature.
         ddof: Delta degrees of freedom of the normalisation.
+        accuracy: ``"ranks"`` computes in float32 where the data have no more digits:
+            effective ranks to 1e-5, but eigenvalues only to about 1e-6 of the largest.
+            A spectrum that reaches down to float32 rounding is done in float64.
 
     Returns:
         A dict with the same keys, or a list in the same order.
@@ -98,6 +110,7 @@ def spectra(
         names=[f"X[{key!r}]" for key in keyed],
         center=center,
         ddof=ddof,
+        accuracy=accuracy,
     )
     done = [_of_features(one, center=center, ddof=ddof) for one in found]
     return dict(zip(X, done, strict=True)) if isinstance(X, Mapping) else done

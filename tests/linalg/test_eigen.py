@@ -6,8 +6,15 @@ import scipy.linalg
 import torch
 
 from repscope import covariance, eigvalsh
-from repscope.errors import MetricError, NonFiniteError, NotPositiveSemidefinite
+from repscope.errors import (
+    MetricError,
+    NonFiniteError,
+    NotPositiveSemidefinite,
+    UsageError,
+)
+from repscope.linalg import choice, eigen
 from repscope.linalg.eigen import clip_rounding
+from repscope.linalg.routes import Unavailable
 from repscope.linalg.spectral import Eigenvalues
 
 
@@ -66,27 +73,77 @@ def test_what_is_not_symmetric_is_refused(C, text):
         eigvalsh(C)
 
 
-def test_float64_takes_over_when_float32_lapack_fails(monkeypatch):
-    real = torch.linalg.eigvalsh
+def giving_up(C):
+    raise Unavailable("failed to converge")
 
-    def failing(C):
-        if C.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("failed to converge")
-        return real(C)
 
-    monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
+def test_another_route_takes_over_and_is_announced_once(monkeypatch):
+    monkeypatch.setitem(choice.ROUTES, "torch", giving_up)
+    monkeypatch.setattr(eigen, "_told", set())
+    C = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    with pytest.warns(RuntimeWarning, match="by torch .* failed to converge"):
+        assert eigvalsh(C).tolist() == pytest.approx([3.0, 1.0])
+    assert eigvalsh(C).tolist() == pytest.approx([3.0, 1.0])
+
+
+def test_float64_takes_over_when_float32_fails(monkeypatch):
+    real = choice.ROUTES["torch"]
+    monkeypatch.setattr(eigen, "_told", {"torch", "scipy"})
+    for name in ("torch", "scipy"):
+        monkeypatch.setitem(
+            choice.ROUTES,
+            name,
+            lambda C: real(C) if C.dtype == torch.float64 else giving_up(C),
+        )
     found = eigvalsh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     assert found.dtype == torch.float32
     assert found.tolist() == [3.0, 1.0]
 
 
-def test_a_failure_in_float64_is_not_hidden(monkeypatch):
-    def failing(C):
-        raise torch.linalg.LinAlgError("failed to converge")
+def test_a_failure_of_every_route_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(eigen, "_told", set(choice.ROUTES))
+    for name in choice.ROUTES:
+        monkeypatch.setitem(choice.ROUTES, name, giving_up)
+    with pytest.raises(MetricError, match=r"no route could .* failed to converge"):
+        eigvalsh(torch.eye(2))
 
-    monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
-    with pytest.raises(torch.linalg.LinAlgError, match="converge"):
-        eigvalsh(torch.eye(2, dtype=torch.float64))
+
+@pytest.mark.parametrize("backend", ["torch", "scipy", "numpy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 33, 130])
+def test_backends_agree_with_lapack_in_float64(backend, dtype, n):
+    A = torch.randn(3, n, n, dtype=torch.float64)
+    C = (A @ A.mT).to(dtype)
+    C[1] *= 1e-25
+    C[2] *= 1e30
+    found = eigvalsh(C, backend=backend)
+    assert found.dtype == dtype
+    exact = np.linalg.eigvalsh(C.double().numpy())[:, ::-1]
+    error = np.abs(found.double().numpy() - exact).max(-1) / exact[:, 0]
+    bound = 4 * n**0.5 * torch.finfo(dtype).eps
+    assert error.max() <= max(bound, 1e-12 if dtype == torch.float64 else 0)
+
+
+def test_several_threads_give_the_same_values():
+    C = covariance(torch.randn(9, 60, 20))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = eigvalsh(C)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(C)[:, ::-1], rtol=1e-10)
+
+
+def test_a_batch_larger_than_memory_is_taken_in_groups():
+    C = torch.eye(64).expand(50, 400, 64, 64)  # 328 MB if it were copied
+    assert bool((eigvalsh(C) == 1).all())
+
+
+@pytest.mark.parametrize("backend", ["cusolver", "cupy"])
+def test_a_backend_that_is_not_here_says_why(backend):
+    with pytest.raises(UsageError, match=f"backend='{backend}' cannot do this here"):
+        eigvalsh(torch.eye(2), backend=backend)
 
 
 def test_rounding_below_zero_is_clipped_and_more_is_refused():

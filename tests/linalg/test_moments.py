@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from repscope import Moments, covariance
 from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
-from repscope.linalg.moments import Gathering, rescaled
+from repscope.linalg.covariance import rescaled
+from repscope.linalg.moments import Gathering
 
 
 def close(found, expected, rtol=1e-12):
@@ -322,3 +323,21 @@ def test_moments_take_rows_that_are_not_finite_if_told_to():
     assert not moments.covariance().isfinite().all()
     with pytest.raises(NonFiniteError):
         Moments().update([[1.0, float("inf")], [2.0, 3.0]])
+
+
+@pytest.mark.parametrize(("offset", "limit"), [(0.0, 1e-6), (1e6, 1e-9)])
+def test_float32_products_bear_any_mean(offset, limit):
+    X = torch.randn(20_000, 8) + offset
+    exact = np.cov(X.double().numpy() - offset, rowvar=False)
+    found = covariance(X, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    assert np.abs(found.double().numpy() - exact).max() / np.abs(exact).max() < (
+        max(limit, 2e-7)
+    )
+    found = covariance(X)
+    assert np.abs(found.numpy() - exact).max() / np.abs(exact).max() < 1e-9
+
+
+def test_covariance_in_another_dtype_is_refused():
+    with pytest.raises(UsageError, match=r"torch.float64 or torch.float32, got"):
+        covariance(torch.randn(5, 2), dtype=torch.float16)

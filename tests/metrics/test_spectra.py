@@ -541,3 +541,15 @@ def test_power_law_says_why_it_has_no_number():
     assert flat.note == "all eigenvalues in the range are equal"
     with pytest.raises(MetricError, match="takes one spectrum"):
         rs.power_law(torch.ones(2, 20))
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (30, 200)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 3.0])
+def test_ranks_in_float32_are_right_to_five_digits(shape, decay):
+    scale = torch.arange(1, shape[1] + 1).pow(-decay)
+    X = torch.randn(*shape) * scale
+    exact = float(rs.spectrum(X).effective_rank)
+    (quick,) = rs.spectra([X], accuracy="ranks")
+    assert abs(float(quick.effective_rank) / exact - 1) < 1e-5
+    with pytest.raises(UsageError, match="accuracy='fast' is not one of"):
+        rs.spectra([X], accuracy="fast")

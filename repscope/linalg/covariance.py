@@ -1,0 +1,270 @@
+"""Covariances and row Gram matrices: symmetric products, added up in float64.
+
+Features have shape ``(..., n_samples, n_features)``. Deviations are multiplied after a
+mean is subtracted, never as ``E[xx] - E[x]E[x]``, whose cancellation leaves no correct
+digit once the mean is large against the spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repscope._checks import as_features
+from repscope.errors import MetricError, NotEnoughSamples, UsageError
+from repscope.linalg.threads import blas_threads
+
+# Of one block of rows (or of columns, for a Gram matrix): it stays in the caches, and
+# the product over it is long enough to run at full speed.
+_BLOCK_BYTES = 16 * 2**20
+_BLOCK_LEAST = 1024
+
+
+def covariance(
+    X: Any, *, center: bool = True, ddof: int = 1, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    r"""Return the covariance of the features.
+
+    :math:`C = (X - \bar x)^\top (X - \bar x) / (n - \mathrm{ddof})`; with
+    ``center=False`` the second moment :math:`X^\top X / (n - \mathrm{ddof})`.
+
+    Blocks of rows are shifted by the mean of the first one and multiplied in ``dtype``;
+    products are added up in float64.
+
+    Args:
+        X: Features, shape ``(..., n_samples, n_features)``.
+        center: Subtract the mean of each feature first.
+        ddof: Delta degrees of freedom of the normalisation.
+        dtype: Float32 takes half the time. Entries are then right to about 1e-6 of
+            :math:`\sqrt{C_{ii} C_{jj}}` whatever the mean, and eigenvalues below 1e-6
+            of the largest are lost.
+
+    Returns:
+        Tensor of that dtype and of shape ``(..., n_features, n_features)`` on the
+        device of ``X``.
+
+    Raises:
+        MetricError: If the products leave the range of the dtype.
+        UsageError: If ``dtype`` is neither float64 nor float32.
+
+    References:
+        Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance,
+        The American Statistician 37(3).
+
+    Example:
+        >>> covariance([[1.0, 0.0], [3.0, 4.0]])
+        tensor([[2., 4.],
+                [4., 8.]], dtype=torch.float64)
+    """
+    if dtype not in (torch.float64, torch.float32):
+        raise UsageError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
+    features = as_features(X)
+    n, d = features.shape[-2:]
+    divisor = degrees_of_freedom(n, ddof=ddof)
+    rows = features.reshape(-1, n, d)
+    exponent = scale_exponent(largest(rows), dtype)
+    C = scatter(in_scale(rows, exponent), center=center, dtype=dtype)
+    # Twice the factor, because its square may overflow before the product does.
+    factor = torch.exp2(exponent)[:, None, None]
+    C = C.div_(divisor).mul_(factor).mul_(factor).to(dtype)
+    if not bool(torch.isfinite(C).all()):
+        raise MetricError(
+            f"the covariance of X leaves the {str(dtype)[6:]} range; divide X by its "
+            f"largest magnitude first (ranks and shares do not change)"
+        )
+    return C.reshape(*features.shape[:-2], d, d)
+
+
+def degrees_of_freedom(n_samples: int, *, ddof: int) -> int:
+    """Return ``n_samples - ddof``, refusing samples too few for a covariance.
+
+    Args:
+        n_samples: Rows.
+        ddof: Delta degrees of freedom.
+
+    Returns:
+        A positive divisor.
+
+    Raises:
+        NotEnoughSamples: If there are fewer than 2 samples, or no more than ``ddof``.
+    """
+    needed = max(2, ddof + 1)
+    if n_samples < needed:
+        raise NotEnoughSamples(
+            f"a covariance with ddof={ddof} needs at least {needed} samples, "
+            f"got {n_samples}"
+        )
+    return n_samples - ddof
+
+
+def scatter(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the outer products of the (centred) rows of each matrix.
+
+    Args:
+        X: Finite real matrices, shape ``(batch, n, d)``, whose squares stay within
+            the range of ``dtype``.
+        center: Subtract the mean of each column.
+        dtype: Float32 or float64, in which they are multiplied.
+
+    Returns:
+        Float64, shape ``(batch, d, d)``, on the device of ``X``.
+    """
+    blocks = torch.split(X, _block_length(X, along=-2), dim=-2)
+    if not center:
+        return _around(blocks, X.new_zeros(1, dtype=dtype))[1]
+    n, origin = X.shape[-2], _column_means(blocks[0]).to(dtype)
+    total, found = _around(blocks, origin)
+    if bool((2 * total.square() > n * found.diagonal(dim1=-2, dim2=-1)).any()):
+        # The first block was not like the rest: a better origin, before digits are
+        # lost in the difference.
+        total, found = _around(blocks, origin + (total / n).to(dtype)[:, None, :])
+    return found.sub_(total[:, :, None] * (total / n)[:, None, :])
+
+
+def gram(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
+    """Return the inner products between the (centred) rows of each matrix.
+
+    Args:
+        X: As for `scatter`.
+        center: Subtract the mean of each column.
+        dtype: Float32 or float64, in which they are multiplied.
+
+    Returns:
+        Float64, shape ``(batch, n, n)``, with the non-zero eigenvalues of `scatter`.
+    """
+    found: Tensor | None = None
+    for block in torch.split(X, _block_length(X, along=-1), dim=-1):
+        rows = block - _column_means(block).to(dtype) if center else block.to(dtype)
+        product = _product(rows, transposed=True).to(torch.float64)
+        found = product if found is None else found.add_(product)
+    found = cast("Tensor", found)
+    if center:  # what the rounding of the means has left
+        found -= found.mean(-1, keepdim=True)
+        found -= found.mean(-2, keepdim=True)
+    return found
+
+
+def largest(X: Tensor) -> Tensor:
+    """Return the largest magnitude in each matrix, in one pass and without a copy.
+
+    Args:
+        X: Finite matrices, shape ``(batch, n, d)``.
+
+    Returns:
+        Float64, shape ``(batch,)``.
+    """
+    return torch.maximum(X.amax((-2, -1)), -X.amin((-2, -1))).to(torch.float64)
+
+
+def scale_exponent(top: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the power of two by which to divide each matrix before it is squared.
+
+    Args:
+        top: Its largest magnitude, float64, shape ``(batch,)``.
+        dtype: In which it will be multiplied.
+
+    Returns:
+        Float64, shape ``(batch,)``; 0 where squares are safe as they are.
+    """
+    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
+    exponent = torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
+    safe = 40 if dtype == torch.float32 else 300
+    return torch.where((exponent.abs() < safe) | (top == 0), 0.0, exponent)
+
+
+def in_scale(X: Tensor, exponent: Tensor) -> Tensor:
+    """Return each matrix divided by its power of two, exactly.
+
+    Args:
+        X: Shape ``(batch, n, d)``.
+        exponent: Shape ``(batch,)``.
+
+    Returns:
+        The same dtype; ``X`` itself where nothing is to be done.
+    """
+    if not bool(exponent.any()):
+        return X
+    # 2**-exponent may leave the range of float32 where the quotient does not.
+    return (X.to(torch.float64) * torch.exp2(-exponent)[:, None, None]).to(X.dtype)
+
+
+def rescaled(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each matrix in float64 with entries of order one, and its exponent.
+
+    The scale is a power of two, so no digit is lost, and squares can neither
+    overflow nor underflow.
+
+    Args:
+        X: Finite matrices, shape ``(..., n, d)``.
+
+    Returns:
+        ``X * 2**-exponent`` and ``exponent``, float64 of shape ``(...)``.
+    """
+    top = X.abs().amax((-2, -1)).to(torch.float64)
+    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
+    exponent = torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
+    return X.to(torch.float64) * torch.exp2(-exponent)[..., None, None], exponent
+
+
+def multiply_transposed(rows: Tensor) -> Tensor:
+    """Return ``rows.mT @ rows``; numpy's product of both halves the work on a CPU.
+
+    Args:
+        rows: Shape ``(..., n, d)``.
+
+    Returns:
+        Shape ``(..., d, d)``, exactly symmetric on a CPU.
+    """
+    return _product(rows, transposed=False)
+
+
+def _around(blocks: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums and products of the rows less the origin, in float64."""
+    total = found = torch.zeros((), dtype=torch.float64, device=origin.device)
+    for block in blocks:
+        rows = block - origin
+        total = total + _column_sums(rows)
+        found = found + _product(rows, transposed=False)
+    return total, found
+
+
+def _block_length(X: Tensor, *, along: int) -> int:
+    length = X.shape[along]
+    share = _BLOCK_BYTES // max(X.numel() // max(length, 1) * X.element_size(), 1)
+    return max(_BLOCK_LEAST, share)
+
+
+def _column_means(rows: Tensor) -> Tensor:
+    return (_column_sums(rows) / rows.shape[-2]).to(rows.dtype)[..., None, :]
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """Return the sums over the rows, float64: a product sums in several strands."""
+    ones = rows.new_ones(1, rows.shape[-2])
+    return (ones @ rows)[..., 0, :].to(torch.float64)
+
+
+def _product(rows: Tensor, *, transposed: bool) -> Tensor:
+    if not rows.is_cpu:
+        with _no_tf32():
+            return rows @ rows.mT if transposed else rows.mT @ rows
+    plain = rows.numpy()
+    turned = plain.swapaxes(-1, -2)
+    with blas_threads(), np.errstate(all="ignore"):  # overflow is infinite, as in torch
+        return torch.from_numpy(plain @ turned if transposed else turned @ plain)
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Multiply in full float32 on CUDA, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
