@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from repscope import parallel, store
+from repscope._checks import is_finite
 from repscope.errors import MetricError, UnknownLayer, UnknownName, UsageError, suggest
 from repscope.landscape import SPARSITY_METRICS
 from repscope.linalg import Moments
@@ -361,7 +362,7 @@ def _n_samples(target: str, X: Tensor) -> int:
 
 def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
     """Return rows, or the moments of some, or a note why they have no spectrum."""
-    if base["n_samples"] < 2 or not X.numel() or not bool(X.isfinite().all()):
+    if base["n_samples"] < 2 or not X.numel() or not is_finite(X):
         return _note(base, "no spectrum: not finite, or fewer than 2 rows"), None
     if base["target"] != "moments":
         return base, X

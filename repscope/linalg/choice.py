@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repscope.linalg.routes import cpu
+from repscope.linalg.routes import cpu, cupy, cusolver
 
-Route = Callable[[Tensor], Tensor]
-# (largest n, route) in ascending order of n; the last one has no largest n.
-Steps = tuple[tuple[int | None, str], ...]
-
-
-def _by_cusolver(C: Tensor) -> Tensor:
-    from repscope.linalg.routes import cusolver
-
-    return cusolver.eigenvalues(C)
-
-
-def _by_cupy(C: Tensor) -> Tensor:
-    from repscope.linalg.routes import cupy
-
-    return cupy.eigenvalues(C)
-
-
-ROUTES: dict[str, Route] = {
+ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "torch": cpu.by_torch,
     "scipy": cpu.by_scipy,
     "numpy": cpu.by_numpy,
-    "cusolver": _by_cusolver,
-    "cupy": _by_cupy,
+    "cusolver": cusolver.eigenvalues,
+    "cupy": cupy.eigenvalues,
 }
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """The route for each size of matrix.
-
-    Attributes:
-        cpu_float32: Steps of ``(largest n, route)``; ``None`` is no limit.
-        cpu_float64: The same in float64.
-        cuda_float32: The same on CUDA.
-        cuda_float64: The same on CUDA, in float64.
-    """
-
-    cpu_float32: Steps = ((128, "torch"), (2048, "scipy"), (None, "torch"))
-    cpu_float64: Steps = ((64, "torch"), (512, "scipy"), (None, "numpy"))
+_ANY = 2**63
+# Up to which n which route is the fastest; the next one from there on.
+_UP_TO: dict[tuple[str, torch.dtype], dict[int, str]] = {
+    ("cpu", torch.float32): {128: "torch", 2048: "scipy", _ANY: "torch"},
+    ("cpu", torch.float64): {64: "torch", 512: "scipy", _ANY: "numpy"},
     # Nobody has measured these; until somebody does, the vendor's batched call.
-    cuda_float32: Steps = ((32, "torch"), (None, "cusolver"))
-    cuda_float64: Steps = ((32, "torch"), (None, "cusolver"))
-
-    def route(self, C: Tensor) -> str:
-        """Return the name of the route for matrices like these.
-
-        Args:
-            C: Shape ``(batch, n, n)``.
-
-        Returns:
-            A key of ``ROUTES``.
-        """
-        place = "cpu" if C.is_cpu else "cuda"
-        kind = "float32" if C.dtype == torch.float32 else "float64"
-        steps: Steps = getattr(self, f"{place}_{kind}")
-        for largest, name in steps:
-            if largest is None or C.shape[-1] <= largest:
-                return name
-        return "torch"
+    ("cuda", torch.float32): {32: "torch", _ANY: "cusolver"},
+    ("cuda", torch.float64): {32: "torch", _ANY: "cusolver"},
+}
 
 
 def order(C: Tensor) -> list[str]:
@@ -80,17 +37,22 @@ def order(C: Tensor) -> list[str]:
     Returns:
         Keys of ``ROUTES``; ``"torch"``, which takes everything, is among them.
     """
-    first = Thresholds().route(C)
+    n = C.shape[-1]
+    steps = _UP_TO.get((C.device.type, C.dtype), {_ANY: "torch"})
+    first = next(name for largest, name in steps.items() if n <= largest)
     if first == "cusolver" and (len(C) == 1 or _torch_batches()):
         first = "torch"  # which makes the same call
-    if C.is_cpu:
-        others = ["scipy", "torch"]
-        if first == "torch" and len(C) >= 2 * torch.get_num_threads() > 2:
-            # torch takes one matrix after the other; scipy's routine runs in threads.
-            first = "scipy" if C.shape[-1] < 1024 else first
-    else:
-        others = ["cusolver", "torch"]
-    return list(dict.fromkeys([first, *others]))
+    if first == "torch" and C.is_cpu and _fills_threads(C):
+        first = "scipy"  # torch takes one matrix after the other
+    second = {"cpu": "scipy", "cuda": "cusolver"}.get(C.device.type, "torch")
+    return list(dict.fromkeys([first, second, "torch"]))
+
+
+def _fills_threads(C: Tensor) -> bool:
+    """Return whether there are matrices enough, and small ones, for several threads."""
+    threads = torch.get_num_threads()
+    small = C.shape[-1] < cpu.ONE_MATRIX_FILLS_THREADS
+    return threads > 1 and small and len(C) >= 2 * threads
 
 
 def _torch_batches() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def scatter(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
     Returns:
         Float64, shape ``(batch, d, d)``, on the device of ``X``.
     """
-    blocks = torch.split(X, _block_length(X, along=-2), dim=-2)
+    blocks = _blocks(X, along=-2, dtype=dtype)
     if not center:
         return _around(blocks, X.new_zeros(1, dtype=dtype))[1]
     n, origin = X.shape[-2], _column_means(blocks[0]).to(dtype)
@@ -137,12 +137,12 @@ def gram(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
     Returns:
         Float64, shape ``(batch, n, n)``, with the non-zero eigenvalues of `scatter`.
     """
-    found: Tensor | None = None
-    for block in torch.split(X, _block_length(X, along=-1), dim=-1):
-        rows = block - _column_means(block).to(dtype) if center else block.to(dtype)
-        product = _product(rows, transposed=True).to(torch.float64)
-        found = product if found is None else found.add_(product)
-    found = cast("Tensor", found)
+    found = torch.zeros((), dtype=torch.float64, device=X.device)
+    for block in _blocks(X, along=-1, dtype=dtype):
+        # In the wider of both dtypes first: the mean may be large.
+        shifted = block - _column_means(block).to(dtype) if center else block
+        rows = shifted.to(dtype)
+        found = found + _product(rows, transposed=True).to(torch.float64)
     if center:  # what the rounding of the means has left
         found -= found.mean(-1, keepdim=True)
         found -= found.mean(-2, keepdim=True)
@@ -153,10 +153,10 @@ def largest(X: Tensor) -> Tensor:
     """Return the largest magnitude in each matrix, in one pass and without a copy.
 
     Args:
-        X: Finite matrices, shape ``(batch, n, d)``.
+        X: Finite matrices, shape ``(..., n, d)``.
 
     Returns:
-        Float64, shape ``(batch,)``.
+        Float64, shape ``(...)``.
     """
     return torch.maximum(X.amax((-2, -1)), -X.amin((-2, -1))).to(torch.float64)
 
@@ -171,8 +171,7 @@ def scale_exponent(top: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Float64, shape ``(batch,)``; 0 where squares are safe as they are.
     """
-    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
-    exponent = torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
+    exponent = _power_of_two(top)
     safe = 40 if dtype == torch.float32 else 300
     return torch.where((exponent.abs() < safe) | (top == 0), 0.0, exponent)
 
@@ -205,9 +204,7 @@ def rescaled(X: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``X * 2**-exponent`` and ``exponent``, float64 of shape ``(...)``.
     """
-    top = X.abs().amax((-2, -1)).to(torch.float64)
-    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
-    exponent = torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
+    exponent = _power_of_two(largest(X))
     return X.to(torch.float64) * torch.exp2(-exponent)[..., None, None], exponent
 
 
@@ -223,20 +220,25 @@ def multiply_transposed(rows: Tensor) -> Tensor:
     return _product(rows, transposed=False)
 
 
+def _power_of_two(top: Tensor) -> Tensor:
+    # frexp of a subnormal reaches -1073, where 2**1073 would overflow.
+    return torch.frexp(top).exponent.clamp(min=-1000).to(torch.float64)
+
+
 def _around(blocks: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, Tensor]:
     """Return sums and products of the rows less the origin, in float64."""
     total = found = torch.zeros((), dtype=torch.float64, device=origin.device)
     for block in blocks:
-        rows = block - origin
+        rows = (block - origin).to(origin.dtype)
         total = total + _column_sums(rows)
-        found = found + _product(rows, transposed=False)
+        found = found + _product(rows, transposed=False).to(torch.float64)
     return total, found
 
 
-def _block_length(X: Tensor, *, along: int) -> int:
-    length = X.shape[along]
-    share = _BLOCK_BYTES // max(X.numel() // max(length, 1) * X.element_size(), 1)
-    return max(_BLOCK_LEAST, share)
+def _blocks(X: Tensor, *, along: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # A row (or column) of every matrix of the batch, in the dtype it is multiplied in.
+    one = X.numel() // X.shape[along] * dtype.itemsize
+    return torch.split(X, max(_BLOCK_LEAST, _BLOCK_BYTES // one), dim=along)
 
 
 def _column_means(rows: Tensor) -> Tensor:

@@ -59,14 +59,13 @@ def eigvalsh(C: Any, *, backend: Backend = "auto") -> Tensor:
     check_choice(backend, ("auto", *choice.ROUTES), name="backend")
     matrices = as_float(C, name="C")
     _check_square(matrices)
-    lead, n = matrices.shape[:-2], matrices.shape[-1]
-    count, step = lead.numel(), _group_length(matrices)
-    values = matrices.new_empty(count, n)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        group = _checked_group(matrices, start, stop)
-        values[start:stop] = decompose(group, backend=backend)
-    return values.reshape(*lead, n)
+    n = matrices.shape[-1]
+    flat = matrices.reshape(-1, n, n)
+    groups = torch.split(flat, _group_length(flat))
+    if not all(map(is_finite, groups)):
+        check_finite(matrices, name="C")
+    values = [decompose(_symmetrised(group), backend=backend) for group in groups]
+    return torch.cat(values).reshape(matrices.shape[:-1])
 
 
 def decompose(C: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -121,19 +120,12 @@ def _group_length(C: Tensor) -> int:
     return max(1, room // (n * n * C.element_size()))
 
 
-def _checked_group(C: Tensor, start: int, stop: int) -> Tensor:
-    """Return matrices ``start..stop`` of a batch, checked, and exactly symmetric."""
-    lead = C.shape[:-2]
-    where = torch.arange(start, stop, device=C.device)
-    # Picked by index, because a reshape would copy what is expanded or mapped.
-    group = C[torch.unravel_index(where, lead)] if lead else C[None]
-    if not is_finite(group):
-        check_finite(C, name="C")  # the whole batch, to name the place in it
-    gap = group - group.mT
-    if bool(gap.any()):
-        _check_symmetric(group, gap)
-        return group - gap / 2
-    return group.contiguous()
+def _symmetrised(C: Tensor) -> Tensor:
+    gap = C - C.mT
+    if not bool(gap.any()):
+        return C.contiguous()
+    _check_symmetric(C, gap)
+    return C - gap / 2
 
 
 def _check_square(C: Tensor) -> None:

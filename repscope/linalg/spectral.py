@@ -133,8 +133,9 @@ def _is_rounding(part: _Condensed, values: Tensor) -> bool:
     """
     size = values.shape[-1]
     noise = size**0.5 * _EPS_SINGLE
-    filled = torch.full_like(part.live, part.rank).minimum(part.live)
-    doubtful = filled - (values > noise * values[..., :1]).sum(-1)
+    # A unit that is always zero has an eigenvalue of exactly zero.
+    live = (part.matrices.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
+    doubtful = live.clamp(max=part.rank) - (values > noise * values[..., :1]).sum(-1)
     share = noise * values[..., 0] / values.sum(-1)
     return bool((-doubtful * torch.xlogy(share, share) > _RANK_ERROR).any())
 
@@ -167,7 +168,6 @@ class _Condensed:
     constant: Tensor
     shape: tuple[int, int]
     rank: int
-    live: Tensor  # rows and columns that are not zero, shape (batch,)
 
     def finish(self, values: Tensor) -> Eigenvalues:
         """Clip, drop rounding noise and pad.
@@ -219,7 +219,6 @@ def _condensed(
         constant=constant.reshape(lead),
         shape=(n, d),
         rank=min(n - center, d),
-        live=(diagonal > 0).sum(-1),
     )
 
 
@@ -242,8 +241,7 @@ def _of_moments(moments: Moments, *, name: str, center: bool, ddof: int) -> _Con
     d = len(mean)
     rank = min(n - center, d)
     matrices = (C * (n / divisor))[None]
-    live = (C.diagonal() > 0).sum()[None]
-    return _Condensed(name, matrices, exponent, constant, (n, d), rank, live)
+    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
 
 
 def _is_constant(X: Tensor, *, resolution: float) -> Tensor:

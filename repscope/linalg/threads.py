@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import LibController, ThreadpoolController
 
 Result = TypeVar("Result")
 
@@ -29,16 +30,43 @@ def blas_threads(n: int | None = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    limit = torch.get_num_threads() if n is None else n
-    controls = [c for c in _openblas().lib_controllers if c.num_threads > limit]
-    before = [control.num_threads for control in controls]
-    for control in controls:
-        control.set_num_threads(limit)
+    _LIMITS.enter(torch.get_num_threads() if n is None else n)
     try:
         yield
     finally:
-        for control, threads in zip(controls, before, strict=True):
-            control.set_num_threads(threads)
+        _LIMITS.leave()
+
+
+class _Limits:
+    """What is limited now: the setting is the process's, and so are its limits.
+
+    The one that comes last out of several, in whatever threads and order they end,
+    restores what the first one met.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[LibController, int]] = []
+
+    def enter(self, limit: int) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [(c, c.num_threads) for c in _openblas()]
+            self._inside += 1
+            for control, _ in self._before:
+                if control.num_threads > limit:
+                    control.set_num_threads(limit)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            for control, threads in self._before if not self._inside else ():
+                if control.num_threads != threads:
+                    control.set_num_threads(threads)
+
+
+_LIMITS = _Limits()
 
 
 def in_threads(
@@ -55,18 +83,19 @@ def in_threads(
         What each slice gave, in order.
     """
     threads = max(1, min(threads, length))
-    if threads == 1:
-        return [work(0, length)]
     cuts = [length * i // threads for i in range(threads + 1)]
-    with blas_threads(1), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, cuts[:-1], cuts[1:]))
+    with blas_threads(1):
+        if threads == 1:
+            return [work(0, length)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, cuts[:-1], cuts[1:]))
 
 
-def _openblas() -> ThreadpoolController:
+def _openblas() -> Sequence[LibController]:
     # scipy brings a BLAS of its own, which is there once somebody has imported it.
-    return _controller("scipy.linalg" in sys.modules)
+    return _controls("scipy.linalg" in sys.modules)
 
 
 @functools.cache
-def _controller(with_scipy: bool) -> ThreadpoolController:
-    return ThreadpoolController().select(internal_api="openblas")
+def _controls(with_scipy: bool) -> Sequence[LibController]:
+    return tuple(ThreadpoolController().select(internal_api="openblas").lib_controllers)

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from repscope import Moments, covariance
 from repscope.errors import MetricError, NonFiniteError, NotEnoughSamples, UsageError
-from repscope.linalg.covariance import rescaled
+from repscope.linalg.covariance import gram, rescaled, scatter
 from repscope.linalg.moments import Gathering
+
+# The function of that name hides its module.
+COVARIANCE = sys.modules["repscope.linalg.covariance"]
 
 
 def close(found, expected, rtol=1e-12):
@@ -336,6 +339,31 @@ def test_float32_products_bear_any_mean(offset, limit):
     )
     found = covariance(X)
     assert np.abs(found.numpy() - exact).max() / np.abs(exact).max() < 1e-9
+
+
+@pytest.mark.parametrize("product", [gram, scatter])
+def test_float32_products_are_added_up_in_float64(product, monkeypatch):
+    monkeypatch.setattr(COVARIANCE, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(COVARIANCE, "_BLOCK_LEAST", 1)
+    # Each product is exact in float32, their sum is not.
+    X = torch.tensor([[[2.0**13, 2.0**13], [1.0, 1.0]]])
+    rows = X.mT.contiguous() if product is gram else X
+    found = product(rows, center=False, dtype=torch.float32)
+    assert found.tolist() == [[[2.0**26 + 1] * 2] * 2]
+    assert product(rows, center=True, dtype=torch.float32).dtype == torch.float64
+
+
+def test_float64_rows_are_multiplied_in_the_dtype_asked_for(monkeypatch):
+    seen = []
+    real = COVARIANCE._product
+
+    def watched(rows, *, transposed):
+        seen.append(rows.dtype)
+        return real(rows, transposed=transposed)
+
+    monkeypatch.setattr(COVARIANCE, "_product", watched)
+    covariance(torch.randn(40, 3, dtype=torch.float64), dtype=torch.float32)
+    assert seen == [torch.float32]
 
 
 def test_covariance_in_another_dtype_is_refused():

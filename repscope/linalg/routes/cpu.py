@@ -19,7 +19,7 @@ from repscope.linalg.routes import Unavailable
 from repscope.linalg.threads import blas_threads, in_threads
 
 # From here on BLAS has enough to do in one matrix to keep several threads busy.
-_ONE_MATRIX_FILLS_THREADS = 1024
+ONE_MATRIX_FILLS_THREADS = 1024
 
 
 def by_torch(C: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _on_cpu(C: Tensor, name: str) -> np.ndarray[Any, Any]:
 
 
 def _spread(work: Callable[[int, int], Any], C: Tensor) -> list[Any]:
-    if C.shape[-1] >= _ONE_MATRIX_FILLS_THREADS:
+    if C.shape[-1] >= ONE_MATRIX_FILLS_THREADS:
         with blas_threads():
             return [work(0, len(C))]
     return in_threads(work, len(C), threads=torch.get_num_threads())
