@@ -227,11 +227,15 @@ def _power_of_two(top: Tensor) -> Tensor:
 
 def _around(blocks: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, Tensor]:
     """Return sums and products of the rows less the origin, in float64."""
-    total = found = torch.zeros((), dtype=torch.float64, device=origin.device)
+    batch, longest, d = blocks[0].shape
+    total = origin.new_zeros(batch, d, dtype=torch.float64)
+    found = origin.new_zeros(batch, d, d, dtype=torch.float64)
+    # Fresh memory for every block would cost as much as its product.
+    memory = origin.new_empty(batch, longest, d)
     for block in blocks:
-        rows = (block - origin).to(origin.dtype)
-        total = total + _column_sums(rows)
-        found = found + _product(rows, transposed=False).to(torch.float64)
+        rows = torch.sub(block, origin, out=memory[:, : block.shape[-2]])
+        total += _column_sums(rows)
+        found += _product(rows, transposed=False)
     return total, found
 
 
