@@ -14,9 +14,9 @@ def counts():
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    with threadpool_limits(2, user_api="blas"):
-        if counts() != {2}:
+def three_threads():
+    with threadpool_limits(3, user_api="blas"):
+        if counts() != {3}:
             pytest.skip("no BLAS whose threads can be set")
         yield
 
@@ -24,12 +24,12 @@ def two_threads():
 def test_a_limit_is_undone():
     with blas_threads(1):
         assert counts() == {1}
-    assert counts() == {2}
+    assert counts() == {3}
 
 
 def test_more_than_there_were_is_not_given():
     with blas_threads(8):
-        assert counts() == {2}
+        assert counts() == {3}
 
 
 def test_limits_that_end_in_another_order_are_undone():
@@ -39,7 +39,7 @@ def test_limits_that_end_in_another_order_are_undone():
     first.__exit__(None, None, None)
     assert counts() == {1}
     second.__exit__(None, None, None)
-    assert counts() == {2}
+    assert counts() == {3}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
