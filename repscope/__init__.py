@@ -31,6 +31,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "n_components",
         "n_significant",
         "participation_ratio",
+        "participation_ratio_from_features",
         "power_law",
         "rankme",
         "spectra",

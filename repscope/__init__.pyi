@@ -33,6 +33,9 @@ from repscope.metrics.spectra import majorizes as majorizes
 from repscope.metrics.spectra import n_components as n_components
 from repscope.metrics.spectra import n_significant as n_significant
 from repscope.metrics.spectra import participation_ratio as participation_ratio
+from repscope.metrics.spectra import (
+    participation_ratio_from_features as participation_ratio_from_features,
+)
 from repscope.metrics.spectra import power_law as power_law
 from repscope.metrics.spectra import rankme as rankme
 from repscope.metrics.spectra import spectra as spectra

@@ -57,16 +57,21 @@ def as_float(value: Any, *, name: str) -> Tensor:
 
     Raises:
         MetricError: If ``value`` is complex, sparse or quantised.
-    """
+    """  # noqa: DOC502 - raised by _as_dense
+    tensor = _as_dense(value, name=name)
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.to(torch.float64)
+
+
+def _as_dense(value: Any, *, name: str) -> Tensor:
     tensor = as_tensor(value)
     if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
         raise MetricError(
             f"{name} must be a dense real tensor, got {tensor.dtype} with layout "
             f"{tensor.layout}; convert it first"
         )
-    if tensor.dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.to(torch.float64)
+    return tensor
 
 
 def check_finite(X: Tensor, *, name: str) -> None:
@@ -121,8 +126,29 @@ def as_features(value: Any, *, name: str = "X", minimum: int = 2) -> Tensor:
         MetricError: If there are fewer than 2 dimensions or no features.
         NotEnoughSamples: If there are fewer than ``minimum`` samples.
         NonFiniteError: If an entry is NaN or infinite.
-    """  # noqa: DOC502 - NonFiniteError comes from check_finite
-    X = as_float(value, name=name)
+    """  # noqa: DOC502 - raised by what it calls
+    X = as_float(as_matrices(value, name=name, minimum=minimum), name=name)
+    check_finite(X, name=name)
+    return X
+
+
+def as_matrices(value: Any, *, name: str, minimum: int = 2) -> Tensor:
+    """Return features in their own dtype, of which only the shape has been checked.
+
+    Args:
+        value: Anything ``torch.as_tensor`` takes.
+        name: Argument name for the message.
+        minimum: Fewest samples that make sense.
+
+    Returns:
+        A real tensor ``(..., n_samples, n_features)``.
+
+    Raises:
+        MetricError: If it is not dense and real, there are fewer than 2 dimensions or
+            no features.
+        NotEnoughSamples: If there are fewer than ``minimum`` samples.
+    """
+    X = _as_dense(value, name=name)
     if X.ndim < 2:
         raise MetricError(
             f"{name} must have shape (..., n_samples, n_features), got {tuple(X.shape)}"
@@ -134,7 +160,6 @@ def as_features(value: Any, *, name: str = "X", minimum: int = 2) -> Tensor:
             f"{name} needs at least {minimum} samples, got {X.shape[-2]} "
             f"(shape {tuple(X.shape)})"
         )
-    check_finite(X, name=name)
     return X
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from repscope.landscape import SPARSITY_METRICS
 from repscope.linalg import Moments
 from repscope.metrics.alignment import ALIGNMENT_METRICS
 from repscope.metrics.continual import CONTINUAL_METRICS
-from repscope.metrics.spectra import SPECTRUM_METRICS, spectra
+from repscope.metrics.spectra import SPECTRUM_METRICS, invariants, spectra
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
 from repscope.snapshot import EXAMPLES, Snapshot
@@ -49,8 +49,15 @@ METRICS = (*STREAM_METRICS, *CONTINUAL_METRICS, *SPARSITY_METRICS)
 
 # Tensors in the shape of parameters: what is read of weights can be read of them.
 _OF_PARAMETERS = ("weights", "weight_gradients", "updates")
+# Square roots lift what float32 has lost of the small eigenvalues.
+_OF_SMALL_EIGENVALUES = frozenset({"effective_rank_sigma"})
+# These need no eigenvalues at all.
+_INVARIANT: dict[str, Callable[[Any], Tensor]] = {
+    "participation_ratio": attrgetter("participation_ratio"),
+    "trace": attrgetter("trace"),
+}
 # Activations held at once, in bytes, before their spectra are computed together.
-_BATCH_BYTES = 256 * 2**20
+_BATCH_BYTES = 32 * 2**20
 
 Row = dict[str, Any]
 _Stream = tuple[Row, Tensor, Tensor | None]  # what is known of it, rows, labels
@@ -67,8 +74,10 @@ def measure(
 ) -> pd.DataFrame:
     """Return every metric of some stores as one tidy table.
 
-    The spectra of all layers, steps and runs come from one batched decomposition per
-    matrix size. Where a metric has no meaning (non-finite activations, a single
+    The spectra of layers, steps and runs are decomposed together, one call per matrix
+    size for some megabytes of activations, so memory does not grow with the steps. In
+    float32 where ``effective_rank_sigma`` is not among the metrics: ranks are right to
+    1e-5 then. Where a metric has no meaning (non-finite activations, a single
     class, a run that diverged) its value is NaN and ``note`` says why.
 
     Args:
@@ -374,7 +383,15 @@ def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
 
 def _spectrum_rows(waiting: Sequence[_Waiting], wanted: frozenset[str]) -> list[Row]:
     """Return every metric of all waiting spectra, decomposed together."""
-    done = iter(spectra([X for _, X in waiting if X is not None]))
+    known = [X for _, X in waiting if X is not None]
+    table: dict[str, Callable[[Any], Tensor]] = SPECTRUM_METRICS
+    done: Iterator[Any]
+    if wanted.intersection(SPECTRUM_METRICS) <= _INVARIANT.keys():
+        table, done = _INVARIANT, iter(invariants(known))
+    elif wanted & _OF_SMALL_EIGENVALUES:
+        done = iter(spectra(known))
+    else:
+        done = iter(spectra(known, accuracy="ranks"))
     rows: list[Row] = []
     for base, X in waiting:
         if X is None:
@@ -384,12 +401,12 @@ def _spectrum_rows(waiting: Sequence[_Waiting], wanted: frozenset[str]) -> list[
                 if name in wanted
             ]
             continue
-        spectrum = next(done)
-        if spectrum.degenerate:
-            base = _note(base, f"degenerate: {spectrum.degenerate}")
-        if spectrum.n_samples < 5 * spectrum.n_features:
+        one = next(done)
+        if one.degenerate:
+            base = _note(base, f"degenerate: {one.degenerate}")
+        if one.n_samples < 5 * one.n_features:
             base = _note(base, "n_samples < 5 n_features")
-        rows += _apply(SPECTRUM_METRICS, wanted, base, spectrum)
+        rows += _apply(table, wanted, base, one)
     return rows
 
 

@@ -102,7 +102,9 @@ def degrees_of_freedom(n_samples: int, *, ddof: int) -> int:
     return n_samples - ddof
 
 
-def scatter(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
+def scatter(
+    X: Tensor, *, center: bool, dtype: torch.dtype, overwrite: bool = False
+) -> Tensor:
     """Return the sum of the outer products of the (centred) rows of each matrix.
 
     Args:
@@ -110,43 +112,67 @@ def scatter(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
             the range of ``dtype``.
         center: Subtract the mean of each column.
         dtype: Float32 or float64, in which they are multiplied.
+        overwrite: ``X`` may be changed, which spares memory.
 
     Returns:
-        Float64, shape ``(batch, d, d)``, on the device of ``X``.
+        Shape ``(batch, d, d)`` of that dtype, on the device of ``X``.
     """
     blocks = _blocks(X, along=-2, dtype=dtype)
     if not center:
-        return _around(blocks, X.new_zeros(1, dtype=dtype))[1]
+        return _around(blocks, X.new_zeros(1, dtype=dtype))[1].to(dtype)
     n, origin = X.shape[-2], _column_means(blocks[0]).to(dtype)
-    total, found = _around(blocks, origin)
+    if len(blocks) == 1:
+        reused = overwrite and X.dtype == dtype
+        rows = _shifted(X, origin, overwrite=overwrite)
+        once = _product(rows, transposed=False)
+        missing = n * _off_mean(origin, X.dtype).square()
+        if bool((missing <= _noise(dtype) * once.diagonal(dim1=-2, dim2=-1)).all()):
+            return once
+        total, found = _column_sums(rows), once.to(torch.float64)
+        if reused:
+            blocks, origin = (rows,), torch.zeros_like(origin)
+    else:
+        total, found = _around(blocks, origin)
     if bool((2 * total.square() > n * found.diagonal(dim1=-2, dim2=-1)).any()):
         # The first block was not like the rest: a better origin, before digits are
         # lost in the difference.
         total, found = _around(blocks, origin + (total / n).to(dtype)[:, None, :])
-    return found.sub_(total[:, :, None] * (total / n)[:, None, :])
+    return found.sub_(total[:, :, None] * (total / n)[:, None, :]).to(dtype)
 
 
-def gram(X: Tensor, *, center: bool, dtype: torch.dtype) -> Tensor:
+def gram(
+    X: Tensor, *, center: bool, dtype: torch.dtype, overwrite: bool = False
+) -> Tensor:
     """Return the inner products between the (centred) rows of each matrix.
 
     Args:
         X: As for `scatter`.
         center: Subtract the mean of each column.
         dtype: Float32 or float64, in which they are multiplied.
+        overwrite: ``X`` may be changed, which spares memory.
 
     Returns:
-        Float64, shape ``(batch, n, n)``, with the non-zero eigenvalues of `scatter`.
+        Shape ``(batch, n, n)`` of that dtype, with the non-zero eigenvalues of
+        `scatter`.
     """
-    found = torch.zeros((), dtype=torch.float64, device=X.device)
-    for block in _blocks(X, along=-1, dtype=dtype):
-        # In the wider of both dtypes first: the mean may be large.
-        shifted = block - _column_means(block).to(dtype) if center else block
-        rows = shifted.to(dtype)
-        found = found + _product(rows, transposed=True).to(torch.float64)
-    if center:  # what the rounding of the means has left
+    n, zero = X.shape[-2], X.new_zeros(1, 1, 1, dtype=dtype)
+    blocks = _blocks(X, along=-1, dtype=dtype)
+    origins = [_column_means(one).to(dtype) if center else zero for one in blocks]
+    products = (
+        _product(_shifted(block, origin, overwrite=overwrite), transposed=True)
+        for block, origin in zip(blocks, origins, strict=True)
+    )
+    found = next(products)
+    for product in products:
+        found = found.to(torch.float64).add_(product)
+    off = sum(_off_mean(origin, X.dtype).square().sum(-1) for origin in origins)
+    # The largest eigenvalue is at least the n-th part of the trace.
+    least = found.diagonal(dim1=-2, dim2=-1).sum(-1) / n
+    if bool((n * off > _noise(dtype) * least).any()):
+        found = found.to(torch.float64)
         found -= found.mean(-1, keepdim=True)
         found -= found.mean(-2, keepdim=True)
-    return found
+    return found.to(dtype)
 
 
 def largest(X: Tensor) -> Tensor:
@@ -237,6 +263,24 @@ def _around(blocks: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, Tensor]
         total += _column_sums(rows)
         found += _product(rows, transposed=False)
     return total, found
+
+
+def _shifted(X: Tensor, origin: Tensor, *, overwrite: bool) -> Tensor:
+    """Return ``X - origin`` in the dtype of the origin, rounded once."""
+    reused = overwrite and X.dtype == origin.dtype
+    memory = X if reused else torch.empty_like(X, dtype=origin.dtype)
+    return torch.sub(X, origin, out=memory)
+
+
+def _off_mean(origin: Tensor, summed_in: torch.dtype) -> Tensor:
+    """Return how far at most the mean of the columns is from their rounded mean."""
+    coarser = max(torch.finfo(summed_in).eps, torch.finfo(origin.dtype).eps)
+    return 16 * coarser * origin[:, 0]
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """Return the relative error that a product has anyway."""
+    return torch.finfo(dtype).eps / 4
 
 
 def _blocks(X: Tensor, *, along: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

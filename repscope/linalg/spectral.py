@@ -1,71 +1,98 @@
-"""The spectral engine: many feature matrices in, one decomposition per matrix size."""
+"""The spectral engine: many feature matrices in, one decomposition per matrix size.
+
+Stacks of matrices pass through in rounds of some megabytes: the memory taken does not
+grow with their number.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features, as_tensor, check_choice
+from repscope._checks import check_choice
 from repscope.errors import MetricError
-from repscope.linalg.covariance import (
-    degrees_of_freedom,
-    gram,
-    in_scale,
-    largest,
-    rescaled,
-    scale_exponent,
-    scatter,
+from repscope.linalg.condensed import (
+    Condensed,
+    How,
+    as_inputs,
+    condensed,
+    exactly,
+    limit,
 )
+from repscope.linalg.covariance import rescaled
 from repscope.linalg.eigen import clip_rounding, decompose
-from repscope.linalg.moments import Moments
 
 Accuracy = Literal["eigenvalues", "ranks"]
+# A row (or a number) and two numbers for each matrix of a stack, or of an input.
+Results = tuple[Tensor, Tensor, Tensor]
+Found = dict[int, list[Results]]
 
 _EPS = torch.finfo(torch.float64).eps
 _EPS_SINGLE = torch.finfo(torch.float32).eps
 # Relative error of an effective rank that is not worth the digits of float64.
 _RANK_ERROR = 1e-5
+# Bytes of symmetric matrices in a round; on a CPU, longer ones gain nothing.
+_ROUND_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# Sizes that are padded to the largest of them and decomposed together. One after the
+# other, as on a CPU, the padding would only be work.
+_SIZES_WITHIN = {"cpu": 1.0, "cuda": 1.1}
 
 
 @dataclass(frozen=True, eq=False)
 class Eigenvalues:
-    """Eigenvalues of order one and the power of two that restores their scale.
+    """Eigenvalues, and what is read from them before they are given their scale.
 
     Attributes:
-        name: What they belong to, for messages.
-        scaled: Descending, non-negative float64, shape ``(..., d)``.
-        exponent: True values are ``scaled * 4**exponent``; shape ``(...)``.
+        values: Descending, non-negative float64, shape ``(..., d)``.
+        effective_rank: Of shares that no sum has taken out of the float64 range,
+            shape ``(...)``.
         constant: Where the matrix carries no information, shape ``(...)``.
         shape: ``(n, d)`` of the matrices behind them.
     """
 
-    name: str
-    scaled: Tensor
-    exponent: Tensor
+    values: Tensor
+    effective_rank: Tensor
     constant: Tensor
     shape: tuple[int, int]
 
-    def restored(self) -> Tensor:
-        """Return the eigenvalues at their true scale.
 
-        Raises:
-            MetricError: If the largest one leaves the float64 range.
-        """
-        factor = torch.exp2(self.exponent)[..., None]
-        # Twice the factor, because its square may overflow before the product does.
-        values = self.scaled * factor * factor
-        top, scaled_top = values[..., 0], self.scaled[..., 0]
-        if bool((torch.isinf(top) | ((top == 0) & (scaled_top > 0))).any()):
-            raise MetricError(
-                f"the variances of {self.name} leave the float64 range; divide it by "
-                f"its largest magnitude first (ranks and shares do not change)"
-            )
-        return values
+@dataclass(frozen=True, eq=False)
+class Invariants:
+    """What a covariance says of its eigenvalues before they are known.
+
+    Attributes:
+        trace: Their sum, float64, shape ``(...)``.
+        participation_ratio: ``trace**2`` over the sum of their squares; 0 where the
+            matrix carries no information.
+        constant: Where it does not, shape ``(...)``.
+        shape: ``(n, d)`` of the matrices behind them.
+    """
+
+    trace: Tensor
+    participation_ratio: Tensor
+    constant: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def n_samples(self) -> int:
+        """Rows that went in."""
+        return self.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """Columns."""
+        return self.shape[1]
+
+    @property
+    def degenerate(self) -> str | None:
+        """As for a `Spectrum`."""
+        return "constant" if bool(self.constant.any()) else None
 
 
 def covariance_eigenvalues(
@@ -90,54 +117,47 @@ def covariance_eigenvalues(
         One entry per input, in order, padded with exact zeros to ``n_features``.
     """
     check_choice(accuracy, get_args(Accuracy), name="accuracy")
-    parts = [
-        _of_moments(X, name=name, center=center, ddof=ddof)
-        if isinstance(X, Moments)
-        else _condensed(X, name, center, ddof, quick=accuracy == "ranks")
-        for X, name in zip(Xs, names, strict=True)
+    how = How(center, ddof, quick=accuracy == "ranks")
+    inputs = as_inputs(Xs, names, how)
+    found: Found = defaultdict(list)
+    for parts in _rounds(condensed(inputs, how)):
+        for part, values in zip(parts, _decomposed(parts), strict=True):
+            scaled, exponent, constant = _finished(part, values, how)
+            restored = _restored(scaled, exponent, part.names)
+            _deal(found, part, (restored, entropy_rank(scaled), constant))
+    return [
+        Eigenvalues(*_joined(found[i], own.lead), shape=own.shape)
+        for i, own in enumerate(inputs)
     ]
-    values = _decomposed(parts)
-    again = [
-        i
-        for i, (part, own) in enumerate(zip(parts, values, strict=True))
-        if part.matrices.dtype == torch.float32 and _is_rounding(part, own)
-    ]
-    for i in again:
-        parts[i] = _condensed(Xs[i], names[i], center, ddof, quick=False)
-    for i, own in zip(again, _decomposed([parts[i] for i in again]), strict=True):
-        values[i] = own
-    return [part.finish(own) for part, own in zip(parts, values, strict=True)]
 
 
-def _decomposed(parts: Sequence[_Condensed]) -> list[Tensor]:
-    """Return the eigenvalues of each part, those of one size together."""
-    same_size: dict[Any, list[int]] = defaultdict(list)
-    for i, part in enumerate(parts):
-        matrices = part.matrices
-        same_size[matrices.shape[-1], matrices.dtype, matrices.device].append(i)
-    done: dict[int, Tensor] = {}
-    for members in same_size.values():
-        together = torch.cat([parts[i].matrices for i in members])
-        pieces = torch.split(
-            decompose(together), [len(parts[i].matrices) for i in members]
-        )
-        done |= dict(zip(members, pieces, strict=True))
-    return [done[i] for i in range(len(parts))]
+def covariance_invariants(
+    Xs: Sequence[Any], *, names: Sequence[str], center: bool, ddof: int
+) -> list[Invariants]:
+    r"""Return trace and participation ratio of each covariance, without decomposing it.
 
+    :math:`\sum_i \lambda_i = \mathrm{tr}\,C` and
+    :math:`\sum_i \lambda_i^2 = \|C\|_F^2`, of the row Gram matrix as well. In float32
+    where the data are no more than that.
 
-def _is_rounding(part: _Condensed, values: Tensor) -> bool:
-    """Return whether more of a spectrum is float32 rounding than ranks bear.
+    Args:
+        Xs: Features, each ``(..., n_samples, n_features)``, or `Moments` of them.
+        names: What to call each in a message.
+        center: Subtract the mean of each feature.
+        ddof: Delta degrees of freedom of the normalisation.
 
-    A value below ``noise * top`` can be anything up to that. As a share ``p`` it moves
-    the entropy by ``-p log p`` at most, and the effective rank by as much, relatively.
+    Returns:
+        One entry per input, in order.
     """
-    size = values.shape[-1]
-    noise = size**0.5 * _EPS_SINGLE
-    # A unit that is always zero has an eigenvalue of exactly zero.
-    live = (part.matrices.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
-    doubtful = live.clamp(max=part.rank) - (values > noise * values[..., :1]).sum(-1)
-    share = noise * values[..., 0] / values.sum(-1)
-    return bool((-doubtful * torch.xlogy(share, share) > _RANK_ERROR).any())
+    how = How(center, ddof, quick=True)
+    inputs = as_inputs(Xs, names, how)
+    found: Found = defaultdict(list)
+    for part in condensed(inputs, how):
+        _deal(found, part, _invariants(part, how))
+    return [
+        Invariants(*_joined(found[i], own.lead), shape=own.shape)
+        for i, own in enumerate(inputs)
+    ]
 
 
 def squared_singular_values(W: Tensor, *, name: str) -> Eigenvalues:
@@ -155,103 +175,160 @@ def squared_singular_values(W: Tensor, *, name: str) -> Eigenvalues:
     zero = matrix.count_nonzero() == 0
     noise = (max(W.shape) * _EPS) ** 2
     scaled = _padded(_without_noise(values, noise), W.shape[-1])
-    return Eigenvalues(name, scaled, exponent, zero, (W.shape[0], W.shape[1]))
+    restored = _restored(scaled[None], exponent[None], [name])[0]
+    return Eigenvalues(restored, entropy_rank(scaled), zero, (W.shape[0], W.shape[1]))
 
 
-@dataclass(frozen=True, eq=False)
-class _Condensed:
-    """The smaller of covariance and row Gram matrix: same non-zero eigenvalues."""
+def entropy_rank(weights: Tensor, *, eps: float = 0.0) -> Tensor:
+    """Return the exponential of the entropy of shares; 0 where all weights are zero.
 
-    name: str
-    matrices: Tensor
-    exponent: Tensor
-    constant: Tensor
-    shape: tuple[int, int]
-    rank: int
+    Args:
+        weights: Descending and non-negative, shape ``(..., k)``.
+        eps: Added to each share.
 
-    def finish(self, values: Tensor) -> Eigenvalues:
-        """Clip, drop rounding noise and pad.
-
-        Args:
-            values: Eigenvalues of ``matrices``, shape ``(batch, size)``.
-
-        Returns:
-            Eigenvalues with the leading dimensions of the features.
-        """
-        values = clip_rounding(values, name=self.name)
-        single = values.dtype == torch.float32
-        cut = (
-            values.shape[-1] ** 0.5 * _EPS_SINGLE if single else max(self.shape) * _EPS
-        )
-        values = _without_noise(values.to(torch.float64), cut)
-        values[..., self.rank :] = 0.0
-        values = values.reshape(*self.constant.shape, -1)
-        values = values.masked_fill(self.constant[..., None], 0.0)
-        values = _padded(values, self.shape[1])
-        return Eigenvalues(self.name, values, self.exponent, self.constant, self.shape)
+    Returns:
+        Shape ``(...)``.
+    """
+    p = weights / weights.sum(-1, keepdim=True) + eps
+    return torch.where(weights[..., 0] > 0, (-torch.xlogy(p, p).sum(-1)).exp(), 0.0)
 
 
-def _condensed(
-    value: Any, name: str, center: bool, ddof: int, *, quick: bool
-) -> _Condensed:
-    raw = as_tensor(value)
-    X = as_features(raw, name=name)
-    lead, (n, d) = X.shape[:-2], X.shape[-2:]
-    divisor = degrees_of_freedom(n, ddof=ddof)
-    single = raw.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    dtype = torch.float32 if quick and single else torch.float64
-    rows = X.reshape(-1, n, d)
-    top = largest(rows)
-    exponent = scale_exponent(top, dtype)
-    rows, top = in_scale(rows, exponent), top * torch.exp2(-exponent)
-    matrices = (gram if n < d else scatter)(rows, center=center, dtype=dtype) / divisor
-    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    total = diagonal.sum(-1) * divisor / n
-    constant = total <= d * (_resolution(raw) * top).square() if center else top == 0
-    if center and bool(constant.any()):
-        if dtype == torch.float32:
-            return _condensed(value, name, center, ddof, quick=False)
-        constant &= _is_constant(rows.double(), resolution=_resolution(raw))
-    return _Condensed(
-        name=name,
-        matrices=matrices.to(dtype),
-        exponent=exponent.reshape(lead),
-        constant=constant.reshape(lead),
-        shape=(n, d),
-        rank=min(n - center, d),
-    )
+# -- decomposing --------------------------------------------------------------
+def _rounds(parts: Iterable[Condensed]) -> Iterator[list[Condensed]]:
+    """Gather parts until their matrices fill a round."""
+    waiting: list[Condensed] = []
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += part.matrices.nbytes
+        if held >= limit(_ROUND_BYTES, part.matrices):
+            yield waiting
+            waiting, held = [], 0
+    yield waiting
 
 
-def _of_moments(moments: Moments, *, name: str, center: bool, ddof: int) -> _Condensed:
-    n = moments.count
-    divisor = degrees_of_freedom(n, ddof=ddof)
-    C, mean = moments.covariance(ddof=0), moments.mean
-    spread = C.diagonal().sqrt()
-    if center:
-        constant = (spread <= _EPS * mean.abs()).all()
-        _, exponent = rescaled(spread[None])
-    else:
-        constant = (spread + mean.abs()).eq(0).all()
-        _, exponent = rescaled(torch.stack([spread, mean]))
-    factor = torch.exp2(-exponent)
+def _decomposed(parts: Sequence[Condensed]) -> list[Tensor]:
+    """Return the eigenvalues of each part, those of one size together."""
+    done: dict[int, Tensor] = {}
+    for members in _buckets(parts):
+        matrices = [parts[i].matrices for i in members]
+        wide = [_widened(C, matrices[0].shape[-1]) for C in matrices]
+        # What is alone need not be copied.
+        values = decompose(wide[0] if len(wide) == 1 else torch.cat(wide))
+        shares = torch.split(values, [len(C) for C in matrices])
+        for i, C, own in zip(members, matrices, shares, strict=True):
+            done[i] = own[:, : C.shape[-1]]
+    return [done[i] for i in range(len(parts))]
+
+
+def _buckets(parts: Sequence[Condensed]) -> Iterator[list[int]]:
+    """Gather parts of about one size, the largest first."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, part in enumerate(parts):
+        alike[part.matrices.dtype, part.matrices.device].append(i)
+    for members in alike.values():
+        within = limit(_SIZES_WITHIN, parts[members[0]].matrices)
+        bucket: list[int] = []
+        for i in sorted(members, key=lambda i: -parts[i].matrices.shape[-1]):
+            size = parts[i].matrices.shape[-1]
+            if bucket and parts[bucket[0]].matrices.shape[-1] > within * size:
+                yield bucket
+                bucket = []
+            bucket.append(i)
+        yield bucket
+
+
+def _widened(C: Tensor, size: int) -> Tensor:
+    """Return matrices of that size, with values of their own below all true ones."""
+    extra = size - C.shape[-1]
+    if not extra:
+        return C
+    wide = torch.nn.functional.pad(C, (0, extra, 0, extra))
+    # No eigenvalue is larger in magnitude than the Frobenius norm; twice, for rounding.
+    below = -2 * torch.linalg.matrix_norm(C)[:, None]
+    wide.diagonal(dim1=-2, dim2=-1)[:, -extra:] = below
+    return wide
+
+
+# -- finishing ----------------------------------------------------------------
+def _finished(part: Condensed, values: Tensor, how: How) -> Results:
+    """Return eigenvalues of order one, their exponents, and what is constant."""
+    scaled = _cleaned(part, values)
+    exponent, constant = part.exponent, part.constant
+    if values.dtype == torch.float32:
+        doubtful = constant | _is_rounding(part, values)
+        if bool(doubtful.any()):
+            again = exactly(part, doubtful, how)
+            better = _finished(again, decompose(again.matrices), how)
+            for own, other in zip((scaled, exponent, constant), better, strict=True):
+                own[doubtful] = other
+    return scaled, exponent, constant
+
+
+def _cleaned(part: Condensed, values: Tensor) -> Tensor:
+    """Return values without rounding noise, padded to the features."""
+    values = clip_rounding(values, name=_one_of(part.names))
+    single = values.dtype == torch.float32
+    size = values.shape[-1]
+    cut = size**0.5 * _EPS_SINGLE if single else max(part.shape) * _EPS
+    values = _without_noise(values.to(torch.float64), cut)
+    values[..., part.rank :] = 0.0
+    if not single and bool(part.constant.any()):
+        values = values.masked_fill(part.constant[:, None], 0.0)
+    return _padded(values, part.shape[1])
+
+
+def _is_rounding(part: Condensed, values: Tensor) -> Tensor:
+    """Return where more of a spectrum is float32 rounding than ranks bear.
+
+    A value below ``noise * top`` can be anything up to that. As a share ``p`` it moves
+    the entropy by ``-p log p`` at most, and the effective rank by as much, relatively.
+    """
+    size = values.shape[-1]
+    noise = size**0.5 * _EPS_SINGLE
+    # A unit that is always zero has an eigenvalue of exactly zero.
+    live = (part.matrices.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
+    doubtful = live.clamp(max=part.rank) - (values > noise * values[..., :1]).sum(-1)
+    share = noise * values[..., 0] / values.sum(-1)
+    worst: Tensor = -doubtful * torch.xlogy(share, share)
+    return worst > _RANK_ERROR
+
+
+def _invariants(part: Condensed, how: How) -> Results:
+    """Return trace at its own scale, participation ratio, and what is constant."""
+    C, constant = part.matrices.to(torch.float64), part.constant
+    total = C.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Shares, because the squares may leave the range.
+    squares = (C / total[:, None, None]).square_().sum((-2, -1))
+    ratio = torch.where(constant, 0.0, squares.reciprocal())
+    trace = torch.where(constant, 0.0, total)
+    trace = _restored(trace[:, None], part.exponent, part.names)[:, 0]
+    if part.matrices.dtype == torch.float32 and bool(constant.any()):
+        better = _invariants(exactly(part, constant, how), how)
+        doubtful = constant.clone()
+        for own, other in zip((trace, ratio, constant), better, strict=True):
+            own[doubtful] = other
+    return trace, ratio, constant
+
+
+def _restored(scaled: Tensor, exponent: Tensor, names: Sequence[str]) -> Tensor:
+    """Return ``scaled * 4**exponent``.
+
+    Raises:
+        MetricError: If that leaves the float64 range.
+    """
+    factor = torch.exp2(exponent)[:, None]
     # Twice the factor, because its square may overflow before the product does.
-    C = C * factor * factor
-    if not center:
-        C += torch.outer(mean * factor, mean * factor)
-    d = len(mean)
-    rank = min(n - center, d)
-    matrices = (C * (n / divisor))[None]
-    return _Condensed(name, matrices, exponent, constant, (n, d), rank)
-
-
-def _is_constant(X: Tensor, *, resolution: float) -> Tensor:
-    # Feature by feature: a wide one must not hide a narrow one beside it.
-    spread = (X - X.mean(-2, keepdim=True)).square().mean(-2).sqrt()
-    return (spread <= resolution * X.abs().amax(-2)).all(-1)
-
-
-def _resolution(raw: Tensor) -> float:
-    return torch.finfo(raw.dtype).eps if raw.is_floating_point() else _EPS
+    values = scaled * factor * factor
+    top, scaled_top = values[:, 0], scaled[:, 0]
+    lost = torch.isinf(top) | ((top == 0) & (scaled_top > 0))
+    if bool(lost.any()):
+        raise MetricError(
+            f"the variances of {names[int(lost.nonzero()[0])]} leave the float64 "
+            f"range; divide it by its largest magnitude first (ranks and shares do "
+            f"not change)"
+        )
+    return values
 
 
 def _without_noise(values: Tensor, cut: float) -> Tensor:
@@ -260,3 +337,27 @@ def _without_noise(values: Tensor, cut: float) -> Tensor:
 
 def _padded(values: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+
+
+def _one_of(names: Sequence[str]) -> str:
+    several = dict.fromkeys(names)
+    return names[0] if len(several) == 1 else f"one of {', '.join(several)}"
+
+
+# -- back to the inputs -------------------------------------------------------
+def _deal(found: Found, part: Condensed, results: Results) -> None:
+    """Hand each input its share of what was found for a part."""
+    counts = [len(source) for source in part.sources] or [1]
+    shares = zip(*(torch.split(one, counts) for one in results), strict=True)
+    for end, share in zip(itertools.accumulate(counts), shares, strict=True):
+        found[part.owners[end - 1]].append(share)
+
+
+def _joined(pieces: Sequence[Results], lead: torch.Size) -> Results:
+    """Return the results for one input, with its dimensions."""
+    if len(pieces) == 1:
+        first, second, third = pieces[0]
+    else:
+        first, second, third = (torch.cat(each) for each in zip(*pieces, strict=True))
+    first = first.reshape(lead + first.shape[1:])
+    return first, second.reshape(lead), third.reshape(lead)

@@ -22,7 +22,10 @@ from repscope.linalg.eigen import clip_rounding
 from repscope.linalg.spectral import (
     Accuracy,
     Eigenvalues,
+    Invariants,
     covariance_eigenvalues,
+    covariance_invariants,
+    entropy_rank,
     squared_singular_values,
 )
 from repscope.results import PowerLaw, Spectrum
@@ -171,7 +174,7 @@ def rankme(X: Any, *, eps: float = 0.0) -> Tensor:
         2.0
     """
     features, _ = rescaled(as_features(X))
-    return _entropy_rank(torch.linalg.svdvals(features), eps=eps)
+    return entropy_rank(torch.linalg.svdvals(features), eps=eps)
 
 
 # -- readings ----------------------------------------------------------------
@@ -203,8 +206,10 @@ def effective_rank(
         2.0
     """
     check_choice(of, ("eigenvalues", "singular_values"), name="of")
+    if of == "eigenvalues" and isinstance(s, Spectrum):
+        return s.effective_rank
     values = _relative(_eigenvalues(s))
-    return _entropy_rank(values if of == "eigenvalues" else values.sqrt())
+    return entropy_rank(values if of == "eigenvalues" else values.sqrt())
 
 
 def participation_ratio(s: Any) -> Tensor:
@@ -226,6 +231,46 @@ def participation_ratio(s: Any) -> Tensor:
     """
     values = _relative(_eigenvalues(s))
     return _unless_zero(values, values.sum(-1).square() / values.square().sum(-1))
+
+
+def participation_ratio_from_features(X: Any, *, center: bool = True) -> Tensor:
+    r"""Return the participation ratio of the covariance without its eigenvalues.
+
+    :math:`(\mathrm{tr}\,C)^2 / \|C\|_F^2`, which is
+    ``participation_ratio(spectrum(X))``: cheap enough to be read in every step of a
+    training. With fewer samples than features it is taken from the row Gram matrix.
+
+    Args:
+        X: Features, shape ``(..., n_samples, n_features)``, or the `Moments` of some.
+            Float32 and less are multiplied in float32, which is right to about 1e-6.
+        center: Subtract the mean of each feature.
+
+    Returns:
+        Shape ``(...)``; 0 where no feature varies.
+
+    References:
+        Gao et al. (2017), A theory of multineuronal dimensionality, bioRxiv 214262.
+
+    Example:
+        >>> X = [[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]
+        >>> round(participation_ratio_from_features(X).item(), 4)
+        1.2195
+    """
+    return invariants([X], center=center)[0].participation_ratio
+
+
+def invariants(X: Sequence[Any], *, center: bool = True) -> list[Invariants]:
+    """Return trace and participation ratio of many, in the order of the inputs.
+
+    Args:
+        X: Features, each ``(..., n_samples, n_features)`` or `Moments`.
+        center: Subtract the mean of each feature.
+
+    Returns:
+        As many.
+    """
+    names = [f"X[{i}]" for i in range(len(X))] if len(X) > 1 else ["X"] * len(X)
+    return covariance_invariants(X, names=names, center=center, ddof=1)
 
 
 def stable_rank(s: Any) -> Tensor:
@@ -466,12 +511,12 @@ def _of_features(found: Eigenvalues, *, center: bool, ddof: int) -> Spectrum:
 
 def _result(found: Eigenvalues, *, kind: Kind, ddof: int | None) -> Spectrum:
     return Spectrum(
-        eigenvalues=found.restored(),
+        eigenvalues=found.values,
         kind=kind,
         n_samples=found.shape[0],
         n_features=found.shape[1],
         ddof=ddof,
-        effective_rank=_entropy_rank(found.scaled),
+        effective_rank=found.effective_rank,
         degenerate="constant" if bool(found.constant.any()) else None,
     )
 
@@ -515,11 +560,6 @@ def _relative(values: Tensor) -> Tensor:
 
 def _unless_zero(values: Tensor, rank: Tensor) -> Tensor:
     return torch.where(values[..., 0] > 0, rank, 0.0)
-
-
-def _entropy_rank(weights: Tensor, *, eps: float = 0.0) -> Tensor:
-    p = weights / weights.sum(-1, keepdim=True) + eps
-    return _unless_zero(weights, (-torch.xlogy(p, p).sum(-1)).exp())
 
 
 def _rank_cut(s: Any, values: Tensor) -> float:

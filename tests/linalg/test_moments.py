@@ -345,12 +345,12 @@ def test_float32_products_bear_any_mean(offset, limit):
 def test_float32_products_are_added_up_in_float64(product, monkeypatch):
     monkeypatch.setattr(COVARIANCE, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(COVARIANCE, "_BLOCK_LEAST", 1)
-    # Each product is exact in float32, their sum is not.
-    X = torch.tensor([[[2.0**13, 2.0**13], [1.0, 1.0]]])
+    # Beside 2**26 a float32 loses each of the four 4s, but not their sum.
+    X = torch.tensor([[[2.0**13] * 2] + [[2.0] * 2] * 4])
     rows = X.mT.contiguous() if product is gram else X
     found = product(rows, center=False, dtype=torch.float32)
-    assert found.tolist() == [[[2.0**26 + 1] * 2] * 2]
-    assert product(rows, center=True, dtype=torch.float32).dtype == torch.float64
+    assert found.tolist() == [[[2.0**26 + 16] * 2] * 2]
+    assert found.dtype == torch.float32
 
 
 def test_float64_rows_are_multiplied_in_the_dtype_asked_for(monkeypatch):
@@ -369,3 +369,31 @@ def test_float64_rows_are_multiplied_in_the_dtype_asked_for(monkeypatch):
 def test_covariance_in_another_dtype_is_refused():
     with pytest.raises(UsageError, match=r"torch.float64 or torch.float32, got"):
         covariance(torch.randn(5, 2), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 3.0, 1e3, 1e6])
+@pytest.mark.parametrize(("product", "n"), [(scatter, 200), (gram, 20)])
+def test_one_block_is_centred_as_far_as_products_can_tell(
+    product, n, mean, given, dtype, monkeypatch
+):
+    X = (torch.randn(3, n, 60) + mean).to(given)
+    X[0, :, 5] = 0.0  # a dead unit beside large means
+    rows = X.double().numpy() - mean
+    rows -= rows.mean(1, keepdims=True)
+    rows[0, :, 5] = 0.0
+    exact = np.linalg.eigvalsh(rows.swapaxes(1, 2) @ rows)[:, ::-1][:, : min(n, 60)]
+    whole, reused = (
+        product(X.clone(), center=True, dtype=dtype, overwrite=overwrite)
+        for overwrite in (False, True)
+    )
+    monkeypatch.setattr(COVARIANCE, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(COVARIANCE, "_BLOCK_LEAST", 7)
+    cut = product(X, center=True, dtype=dtype)
+    limit = 1e-6 if dtype == torch.float32 else 1e-9
+    for found in (whole, reused, cut):
+        assert found.dtype == dtype
+        values = np.linalg.eigvalsh(found.double().numpy())[:, ::-1]
+        error = np.abs(values[:, : exact.shape[1]] - exact).max(1) / exact[:, 0]
+        assert (error < limit).all()
