@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _cores() -> float:
 
 
 def _load() -> float | None:
-    """Return how many cores were busy in the last minute, where that is known."""
+    """Return how many processes wanted a core in the last minute, if it is known."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -114,7 +115,7 @@ def _blas() -> list[dict[str, Any]]:
             "threads": torch.get_num_threads(),
         }
     ]
-    for library in threadpool_info():
+    for library in sorted(threadpool_info(), key=itemgetter("filepath")):
         if library["user_api"] == "blas":
             of = Path(library["filepath"]).parent.name.removesuffix(".libs")
             details = [library["version"], library.get("architecture")]
@@ -205,8 +206,8 @@ def advice(found: dict[str, Any]) -> list[str]:
         )
     elif threads > 1 and found["OMP_NUM_THREADS"] is None and load > cores / 2:
         said.append(
-            f"{load:.1f} of {cores:g} cores were busy in the last minute, and torch "
-            f"takes {threads} threads in every process: set OMP_NUM_THREADS=1 where "
+            f"in the last minute {load:.1f} processes shared {cores:g} cores, and "
+            f"torch takes {threads} threads in each: set OMP_NUM_THREADS=1 where "
             f"several run"
         )
     for blas in found["blas"][1:]:

@@ -173,17 +173,17 @@ def find(
     if found is None:
         if known:
             others = ", ".join(str(one.place) for one in known)
-            why = f"it holds nothing for {place}, but for {others}"
+            why = f"the file holds nothing for {place}, but for {others}"
         return None, why
     for package, version in versions().items():
         if found.versions.get(package) != version:
             return None, (
-                f"it was measured with {package} {found.versions.get(package)}, and "
+                f"they were measured with {package} {found.versions.get(package)}, and "
                 f"this is {package} {version}"
             )
     for name in {name for steps in found.up_to.values() for name in steps.values()}:
         if name not in routes:
-            return None, f"it names the route {name!r}, which this RepScope lacks"
+            return None, f"they name the route {name!r}, which this RepScope lacks"
     return found, None
 
 
@@ -192,15 +192,16 @@ def _load() -> tuple[list[Measurement], str | None]:
         data = json.loads(path().read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             return [], (
-                f"its format is {data['format']!r}, and this RepScope reads {FORMAT}"
+                f"the format of the file is {data['format']!r}, and this RepScope "
+                f"reads {FORMAT}"
             )
         return [_measurement(**entry) for entry in data["measurements"]], None
     except FileNotFoundError:
         return [], None
     except OSError as error:
-        return [], f"it cannot be read: {error.strerror or error}"
+        return [], f"the file cannot be read: {error.strerror or error}"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return [], "it is damaged"
+        return [], "the file is damaged"
 
 
 def _measurement(

@@ -96,13 +96,15 @@ def test_thresholds_that_are_not_used_are_a_warning(cache, capsys):
     assert code == 0
     assert "built in" in out
     assert (
-        "warning: the measured thresholds are not used for cpu: it was measured with "
-        "numpy 1.0, and this is numpy "
+        "warning: the measured thresholds are not used for cpu: they were measured "
+        "with numpy 1.0, and this is numpy "
     ) in out
     cache.write_text("{")
     choice.tuned.cache_clear()
     _, out, _ = run(capsys)
-    assert "for cpu: it is damaged; `repscope doctor --tune` measures again" in out
+    assert (
+        "for cpu: the file is damaged; `repscope doctor --tune` measures again" in out
+    )
 
 
 def test_thresholds_that_are_switched_off_are_not_a_warning(cache, capsys, monkeypatch):
@@ -168,7 +170,7 @@ SOUND = {
     [
         ({}, []),
         ({"cores": 1.5}, ["may use 1.5 cores: set OMP_NUM_THREADS=1"]),
-        ({"load": 7.0}, ["7.0 of 8 cores were busy .* where several run"]),
+        ({"load": 7.0}, ["7.0 processes shared 8 cores, .* where several run"]),
         ({"load": 7.0, "OMP_NUM_THREADS": "4"}, []),
         ({"load": 7.0, "threads": 1}, []),
         ({"load": None}, []),
