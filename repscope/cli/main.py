@@ -204,13 +204,37 @@ def _parser() -> argparse.ArgumentParser:
         **_examples("repscope report runs/demo", "repscope report runs/pairs-mnist"),
     )
     report.add_argument("folder", type=Path, metavar="DIR")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="this machine as RepScope sees it: versions, threads, devices, routes",
+        **_examples(
+            "repscope doctor                # for a bug report",
+            "repscope doctor --tune         # measure the fastest routes, a minute",
+        ),
+    )
+    doctor.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure which route to eigenvalues is the fastest at which size, and "
+        "take it from now on",
+    )
+    doctor.add_argument("--format", choices=("table", "json"), default="table")
     return parser
+
+
+# Command -> module of its function.
+_MODULES = {
+    "demo": "studies",
+    "study": "studies",
+    "report": "studies",
+    "doctor": "machine",
+}
 
 
 def _dispatch(arguments: argparse.Namespace) -> int | None:
     # Imported here: torch alone takes a second that --help should not cost.
-    runs_studies = arguments.command in ("demo", "study", "report")
-    module = "studies" if runs_studies else "stores"
+    module = _MODULES.get(arguments.command, "stores")
     commands = importlib.import_module(f"repscope.cli.{module}")
     code: int | None = getattr(commands, arguments.command)(arguments)
     return code

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from repscope.linalg import thresholds
 from repscope.linalg.routes import cpu, cupy, cusolver
+from repscope.linalg.thresholds import ANY, Measurement, Steps
 
 ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "torch": cpu.by_torch,
@@ -17,15 +20,16 @@ ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "cupy": cupy.eigenvalues,
 }
 
-_ANY = 2**63
 # Up to which n which route is the fastest; the next one from there on.
-_UP_TO: dict[tuple[str, torch.dtype], dict[int, str]] = {
-    ("cpu", torch.float32): {128: "torch", 2048: "scipy", _ANY: "torch"},
-    ("cpu", torch.float64): {64: "torch", 512: "scipy", _ANY: "numpy"},
+_UP_TO: dict[tuple[str, torch.dtype], Steps] = {
+    ("cpu", torch.float32): {128: "torch", 2048: "scipy", ANY: "torch"},
+    ("cpu", torch.float64): {64: "torch", 512: "scipy", ANY: "numpy"},
     # Nobody has measured these; until somebody does, the vendor's batched call.
-    ("cuda", torch.float32): {32: "torch", _ANY: "cusolver"},
-    ("cuda", torch.float64): {32: "torch", _ANY: "cusolver"},
+    ("cuda", torch.float32): {32: "torch", ANY: "cusolver"},
+    ("cuda", torch.float64): {32: "torch", ANY: "cusolver"},
 }
+# In place of torch where a batch is spread over threads.
+_IN_THREADS = {torch.float32: "scipy", torch.float64: "numpy"}
 
 
 def order(C: Tensor) -> list[str]:
@@ -37,22 +41,75 @@ def order(C: Tensor) -> list[str]:
     Returns:
         Keys of ``ROUTES``; ``"torch"``, which takes everything, is among them.
     """
-    n = C.shape[-1]
-    steps = _UP_TO.get((C.device.type, C.dtype), {_ANY: "torch"})
-    first = next(name for largest, name in steps.items() if n <= largest)
+    second = {"cpu": "scipy", "cuda": "cusolver"}.get(C.device.type, "torch")
+    return list(dict.fromkeys([_measured(C) or built_in(C), second, "torch"]))
+
+
+def built_in(C: Tensor) -> str:
+    """Return the route that is the fastest where nothing was measured.
+
+    Args:
+        C: Shape ``(batch, n, n)``.
+
+    Returns:
+        A key of ``ROUTES``.
+    """
+    first = _at(C.shape[-1], built_in_steps(C.device.type, C.dtype))
     if first == "cusolver" and (len(C) == 1 or _torch_batches()):
         first = "torch"  # which makes the same call
     if first == "torch" and C.is_cpu and _fills_threads(C):
-        first = "scipy"  # torch takes one matrix after the other
-    second = {"cpu": "scipy", "cuda": "cusolver"}.get(C.device.type, "torch")
-    return list(dict.fromkeys([first, second, "torch"]))
+        first = _IN_THREADS[C.dtype]  # torch takes one matrix after the other
+    return first
+
+
+def built_in_steps(device: str, dtype: torch.dtype) -> Steps:
+    """Return the thresholds that RepScope comes with.
+
+    Args:
+        device: The kind of device.
+        dtype: Of the matrices.
+
+    Returns:
+        Up to which size which route is the fastest.
+    """
+    return _UP_TO.get((device, dtype), {ANY: "torch"})
+
+
+@functools.cache
+def tuned(device: torch.device, threads: int) -> tuple[Measurement | None, str | None]:
+    """Return the thresholds that were measured on this machine, read once.
+
+    Args:
+        device: Where eigenvalues are to be computed.
+        threads: ``torch.get_num_threads()``, which they depend on.
+
+    Returns:
+        A measurement or None, and why there is none although there is a file.
+    """
+    del threads  # a key of the cache
+    return thresholds.find(thresholds.place_of(device), routes=ROUTES)
+
+
+def _measured(C: Tensor) -> str | None:
+    """Return the route that was measured to be the fastest, if that was measured."""
+    if C.is_cuda and len(C) == 1:
+        return None  # batches were measured
+    found, _ = tuned(C.device, torch.get_num_threads())
+    steps = found and found.up_to.get(str(C.dtype).removeprefix("torch."))
+    return _at(C.shape[-1], steps) if steps else None
+
+
+def _at(n: int, steps: Steps) -> str:
+    return next(name for largest, name in steps.items() if n <= largest)
 
 
 def _fills_threads(C: Tensor) -> bool:
-    """Return whether there are matrices enough, and small ones, for several threads."""
-    threads = torch.get_num_threads()
-    small = C.shape[-1] < cpu.ONE_MATRIX_FILLS_THREADS
-    return threads > 1 and small and len(C) >= 2 * threads
+    """Return whether there are matrices enough, of such a size, for several threads."""
+    threads, n = torch.get_num_threads(), C.shape[-1]
+    # What a call of scipy's costs is more than threads gain on smaller ones.
+    least = 33 if _IN_THREADS[C.dtype] == "scipy" else 1
+    fits = least <= n < cpu.ONE_MATRIX_FILLS_THREADS
+    return threads > 1 and fits and len(C) >= 2 * threads
 
 
 def _torch_batches() -> bool:
