@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from matrices import after_relu, assert_eigenvalues, of_all_families, symmetric
 
-from repscope.linalg.routes import Unavailable, tridiagonal
+from repscope.linalg import routes
+from repscope.linalg.routes import Unavailable, tridiagonal, triton
 from repscope.linalg.routes.invariants import invariants_hold
 
 DTYPES = [torch.float32, torch.float64]
@@ -86,3 +90,99 @@ def test_wrong_values_lose_trace_or_norm(spoil, scale):
     assert invariants_hold(C, values)
     spoil(values)
     assert not invariants_hold(C, values)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the host that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+class Kernel:
+    def __init__(self, run):
+        self.run, self.grids = run, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.run
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand in for the kernels with their twins."""
+
+    def tridiagonalise(C, scale, d, e, n, **options):
+        found = tridiagonal.tridiagonalise(C.as_subclass(torch.Tensor))
+        for out, part in zip((scale, d, e), found, strict=True):
+            out.copy_(part)
+
+    def bisect(scale, d, e, w, n, **options):
+        w.copy_(tridiagonal.bisect(d, e) * scale[:, None])
+
+    module = types.SimpleNamespace(
+        tridiagonalise=Kernel(tridiagonalise), bisect=Kernel(bisect)
+    )
+    monkeypatch.setattr(routes, "triton_kernels", module, raising=False)
+    return module
+
+
+def on_cuda(n, dtype=torch.float32):
+    return symmetric(n).to(dtype).as_subclass(OnCuda)
+
+
+def test_the_route_launches_twice_a_batch_and_leaves_the_input(kernels):
+    C = on_cuda(40)
+    before = C.clone()
+    found = triton.eigenvalues(C).as_subclass(torch.Tensor)
+    assert_eigenvalues(found, C.as_subclass(torch.Tensor))
+    assert torch.equal(C, before)
+    assert kernels.tridiagonalise.grids == kernels.bisect.grids == [(3,)]
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_the_route_does_not_return_wrong_values(kernels, wrong):
+    right = kernels.bisect.run
+
+    def bisect(scale, d, e, w, n, **options):
+        right(scale, d, e, w, n)
+        w[1, 3] += wrong
+
+    kernels.bisect.run = bisect
+    with pytest.raises(Unavailable, match="have not the trace and the norm"):
+        triton.eigenvalues(on_cuda(40))
+
+
+@pytest.mark.parametrize("kernel", ["tridiagonalise", "bisect"])
+def test_what_a_launch_raises_is_passed_on(kernels, kernel):
+    def failing(*args, **options):
+        raise FileNotFoundError("no ptxas")
+
+    getattr(kernels, kernel).run = failing
+    text = "do not compile or launch here: FileNotFoundError: no ptxas"
+    with pytest.raises(Unavailable, match=text):
+        triton.eigenvalues(on_cuda(4))
+
+
+def test_without_triton_the_route_is_unavailable(monkeypatch):
+    name = "repscope.linalg.routes.triton_kernels"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(routes, "triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(Unavailable, match="Triton cannot be imported: import of trit"):
+        triton.eigenvalues(on_cuda(4))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_the_route_does_not_serve(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(Unavailable, match="Triton serves CUDA devices, not cpu"):
+        triton.eigenvalues(symmetric(4))
+    with pytest.raises(Unavailable, match="holds n up to 128, not 129"):
+        triton.eigenvalues(on_cuda(129))
+    with pytest.raises(Unavailable, match=r"not torch\.float16"):
+        triton.eigenvalues(on_cuda(4, torch.float16))
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 32), (32, 32), (33, 64), (128, 128)])
+def test_a_tile_is_a_power_of_two_that_holds_the_matrix(n, block):
+    assert triton.tile(n, torch.float32)[0] == block

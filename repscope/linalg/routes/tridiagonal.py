@@ -145,4 +145,5 @@ def _power_of_two(largest: Tensor) -> Tensor:
     # Neither it nor 1 over it leaves the normal numbers.
     tiny = torch.finfo(largest.dtype).tiny
     _, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), exponent - 1).clamp(tiny, 1 / tiny)
+    power = torch.ldexp(torch.ones_like(largest), exponent - 1)
+    return torch.where(largest > 0, power, tiny).clamp(tiny, 1 / tiny)
