@@ -23,15 +23,33 @@ def _total(x):
     return tl.sum(tl.sum(x, 0), 0)
 
 
+@triton.jit
+def _root(x):
+    """Return the root, rounded: in float32 plain ``sqrt`` may be an ulp off."""
+    root = tl.sqrt(x)
+    if x.dtype == tl.float32:
+        root = tl.sqrt_rn(x)
+    return root
+
+
+@triton.jit
+def _quotient(x, y):
+    """Return the quotient, rounded: in float32 plain ``/`` may be two ulps off."""
+    quotient = x / y
+    if y.dtype == tl.float32:
+        quotient = tl.div_rn(x, y)
+    return quotient
+
+
 @triton.jit(do_not_specialize=["n"])
 def tridiagonalise(
     C, scale, d, e, n, ZERO: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr
 ):
     r"""Make one matrix tridiagonal, in registers.
 
-    By symmetry, row k + 1 stands for the column that the next reflection clears. It is
-    taken from the tile at the same time as :math:`A v`, before the update
-    :math:`A - v q^\top - q v^\top`, and updated on its own: one wait less a step.
+    By symmetry, row k stands for the column that reflection k clears. The tile is read
+    once for :math:`A v` and once for the next row, a product with a unit vector; the
+    update is :math:`A - v q^\top - q v^\top`.
 
     The columns of the tile are two axes, ``(BLOCK // 32, 32)``, around that of the
     rows. So Triton gives rows, not columns, to different warps, and a sum over columns
@@ -56,7 +74,7 @@ def tridiagonalise(
     # Neither the power nor 1 over it leaves the normal numbers.
     power = _power_of_two(tl.max(tl.max(tl.max(tl.abs(A), 1), 0), 0))
     power = tl.minimum(tl.maximum(power, TINY), 1 / TINY)
-    A *= 1 / power
+    A *= _quotient(1.0, power)
 
     x = tl.sum(tl.where(row == 0, A, 0.0), 1)
     diagonal = x
@@ -64,23 +82,24 @@ def tridiagonalise(
     for k in range(n - 1):
         first = _total(tl.where(column == k + 1, x, 0.0))
         x = tl.where(column > k, x, 0.0)
-        norm = tl.sqrt(_total(x * x))
+        norm = _root(_total(x * x))
         sign = tl.where(first < 0, -1.0, 1.0).to(x.dtype)
         kept = tl.where(norm > ZERO, 1.0, 0.0).to(x.dtype)
-        inverse = kept / tl.maximum(norm, ZERO)
+        # A reflection that is not quite orthogonal adds its error to all others, so
+        # these are rounded; a division of a count may be off.
+        inverse = _quotient(kept, tl.maximum(norm, ZERO))
         head = first * inverse + kept * sign
         v = tl.where(column == k + 1, head, x * inverse)
-        beta = kept / tl.maximum(tl.abs(head), 1.0)  # 2 / (v . v), or 0
+        beta = _quotient(kept, tl.maximum(tl.abs(head), 1.0))  # 2 / (v . v), or 0
         beside = tl.where(column == k, -kept * sign * norm, beside)
 
         v_rows = tl.reshape(v, (BLOCK,))[None, :, None]
-        next_row = tl.where(row == k + 1, 1.0, 0.0).to(A.dtype)
-        x = tl.sum(A * next_row, 1)
         p = tl.where(column > k, beta * tl.sum(A * v_rows, 1), 0.0)
         q = p - 0.5 * beta * _total(p * v) * v
         q_rows = tl.reshape(q, (BLOCK,))[None, :, None]
         A = A - v_rows * q[:, None, :] - q_rows * v[:, None, :]
-        x -= head * q + _total(tl.where(column == k + 1, q, 0.0)) * v
+        next_row = tl.where(row == k + 1, 1.0, 0.0).to(A.dtype)
+        x = tl.sum(A * next_row, 1)
         diagonal = tl.where(column == k + 1, x, diagonal)
 
     tl.store(scale + matrix, power)
