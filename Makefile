@@ -7,7 +7,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-faults test-integrations lint docs bench clean
+.PHONY: help demo test test-slow test-faults test-integrations test-kernels lint docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ demo: $(VENV)/.run ## compare SGD, AdamW and Shampoo on real data: runs/demo/rep
 	@$(BIN)/repscope demo --out runs/demo --jobs $(JOBS)
 
 test: $(VENV)/.dev ## the fast test suite (under 3 minutes on 2 cores)
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not faults"
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not faults and not kernels"
 
 test-slow: $(VENV)/.dev ## the slow tests
 	@$(BIN)/pytest -q -m slow
@@ -26,6 +26,9 @@ test-faults: $(VENV)/.dev ## kills, power cuts, full disks, damage: prints the f
 
 test-integrations: $(VENV)/.integrations ## callbacks and sinks with Lightning, Transformers, TensorBoard, W&B
 	@$(BIN)/pytest -q -m integrations tests/integrations
+
+test-kernels: $(VENV)/.kernels ## the Triton kernels in Triton's interpreter
+	@$(BIN)/pytest -q -m kernels tests/linalg
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -73,6 +76,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.integrations: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing RepScope and what it integrates with into $(VENV)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.kernels: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing RepScope and Triton into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,kernels]"
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made

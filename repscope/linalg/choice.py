@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repscope.linalg import thresholds
-from repscope.linalg.routes import cpu, cupy, cusolver
+from repscope.linalg.routes import cpu, cupy, cusolver, triton
 from repscope.linalg.thresholds import ANY, Measurement, Steps
 
 ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +18,7 @@ ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
     "numpy": cpu.by_numpy,
     "cusolver": cusolver.eigenvalues,
     "cupy": cupy.eigenvalues,
+    "triton": triton.eigenvalues,  # not in `auto` before somebody has measured it
 }
 
 # Up to which n which route is the fastest; the next one from there on.

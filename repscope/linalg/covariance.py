@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features
+from repscope._checks import as_features, is_finite
 from repscope.errors import MetricError, NotEnoughSamples, UsageError
 from repscope.linalg.threads import blas_threads
 
@@ -68,15 +68,16 @@ def covariance(
     divisor = degrees_of_freedom(n, ddof=ddof)
     rows = features.reshape(-1, n, d)
     exponent = scale_exponent(largest(rows), dtype)
-    C = scatter(in_scale(rows, exponent), center=center, dtype=dtype)
-    # Twice the factor, because its square may overflow before the product does.
-    factor = torch.exp2(exponent)[:, None, None]
-    C = C.div_(divisor).mul_(factor).mul_(factor).to(dtype)
-    if not bool(torch.isfinite(C).all()):
-        raise MetricError(
-            f"the covariance of X leaves the {str(dtype)[6:]} range; divide X by its "
-            f"largest magnitude first (ranks and shares do not change)"
-        )
+    C = scatter(in_scale(rows, exponent), center=center, dtype=dtype).div_(divisor)
+    if bool(exponent.any()):
+        # Twice the factor, because its square may overflow before the product does.
+        factor = torch.exp2(exponent)[:, None, None]
+        C = C.mul_(factor).mul_(factor)
+        if not is_finite(C):
+            raise MetricError(
+                f"the covariance of X leaves the {str(dtype)[6:]} range; divide X by "
+                f"its largest magnitude first (ranks and shares do not change)"
+            )
     return C.reshape(*features.shape[:-2], d, d)
 
 
@@ -137,7 +138,8 @@ def scatter(
         # The first block was not like the rest: a better origin, before digits are
         # lost in the difference.
         total, found = _around(blocks, origin + (total / n).to(dtype)[:, None, :])
-    return found.sub_(total[:, :, None] * (total / n)[:, None, :]).to(dtype)
+    found.baddbmm_(total[:, :, None], (total / n)[:, None, :], alpha=-1)
+    return found.to(dtype)
 
 
 def gram(
@@ -257,11 +259,11 @@ def _around(blocks: tuple[Tensor, ...], origin: Tensor) -> tuple[Tensor, Tensor]
     total = origin.new_zeros(batch, d, dtype=torch.float64)
     found = origin.new_zeros(batch, d, d, dtype=torch.float64)
     # Fresh memory for every block would cost as much as its product.
-    memory = origin.new_empty(batch, longest, d)
+    memory, product = origin.new_empty(batch, longest, d), origin.new_empty(batch, d, d)
     for block in blocks:
         rows = torch.sub(block, origin, out=memory[:, : block.shape[-2]])
         total += _column_sums(rows)
-        found += _product(rows, transposed=False)
+        found += _product(rows, transposed=False, out=product)
     return total, found
 
 
@@ -299,14 +301,15 @@ def _column_sums(rows: Tensor) -> Tensor:
     return (ones @ rows)[..., 0, :].to(torch.float64)
 
 
-def _product(rows: Tensor, *, transposed: bool) -> Tensor:
+def _product(rows: Tensor, *, transposed: bool, out: Tensor | None = None) -> Tensor:
+    left, right = (rows, rows.mT) if transposed else (rows.mT, rows)
     if not rows.is_cpu:
         with _no_tf32():
-            return rows @ rows.mT if transposed else rows.mT @ rows
-    plain = rows.numpy()
-    turned = plain.swapaxes(-1, -2)
+            return torch.matmul(left, right, out=out)
+    memory = None if out is None else out.numpy()
     with blas_threads(), np.errstate(all="ignore"):  # overflow is infinite, as in torch
-        return torch.from_numpy(plain @ turned if transposed else turned @ plain)
+        product = np.matmul(left.numpy(), right.numpy(), out=memory)
+    return torch.from_numpy(product)
 
 
 @contextlib.contextmanager

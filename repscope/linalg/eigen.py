@@ -17,7 +17,7 @@ from repscope.errors import (
 from repscope.linalg import choice
 from repscope.linalg.routes import Unavailable
 
-Backend = Literal["auto", "torch", "scipy", "numpy", "cusolver", "cupy"]
+Backend = Literal["auto", "torch", "scipy", "numpy", "cusolver", "cupy", "triton"]
 
 # Rounding in a float32 covariance stays far below, a matrix of features far above.
 _ASYMMETRY = 1e-4
@@ -39,9 +39,10 @@ def eigvalsh(C: Any, *, backend: Backend = "auto") -> Tensor:
     Args:
         C: Symmetric matrices, shape ``(..., n, n)``.
         backend: ``"torch"``, ``"numpy"`` and ``"scipy"`` name LAPACKs on the CPU
-            (torch also computes on CUDA); ``"cusolver"`` and ``"cupy"`` routes on
-            CUDA. ``"auto"`` takes the fastest for the size, dtype and
-            device, and the next one if it fails, which is said once.
+            (torch also computes on CUDA); ``"cusolver"``, ``"cupy"`` and
+            ``"triton"`` (n up to 128; nobody has measured it) routes on CUDA.
+            ``"auto"`` takes the fastest for the size, dtype and device, and the next
+            one if it fails, which is said once.
 
     Returns:
         Shape ``(..., n)``, descending, on the device of ``C``; float32 stays float32,

@@ -139,7 +139,7 @@ def test_a_batch_larger_than_memory_is_taken_in_groups():
     assert bool((eigvalsh(C) == 1).all())
 
 
-@pytest.mark.parametrize("backend", ["cusolver", "cupy"])
+@pytest.mark.parametrize("backend", ["cusolver", "cupy", "triton"])
 def test_a_backend_that_is_not_here_says_why(backend):
     with pytest.raises(UsageError, match=f"backend='{backend}' cannot do this here"):
         eigvalsh(torch.eye(2), backend=backend)
