@@ -56,6 +56,7 @@ class StandIn:
     """
 
     def __init__(self):
+        self.factor = 1.0
         self.errors, self.batches, self.sizes, self.streams = [], [], [], []
         self.alive, self.stream_of, self.made = {}, {}, 0
         self.version, self.gave_up = 12401, {}
@@ -124,7 +125,7 @@ class StandIn:
         matrices = memory(A, REALS[kind], batch, n, n)
         columns = matrices.swapaxes(1, 2).copy()
         self.while_solving()
-        memory(W, REALS[kind], batch, n)[:] = np.linalg.eigvalsh(columns, UPLO="L")
+        memory(W, REALS[kind], batch, n)[:] = self.factor * np.linalg.eigvalsh(columns)
         matrices[:] = np.nan
         memory(info, c_int, batch)[:] = [self.gave_up.get(i, 0) for i in range(batch)]
         self.batches.append(batch)
@@ -292,6 +293,12 @@ def test_what_did_not_converge_is_counted_once_a_chunk(solver, library, monkeypa
         solver.eigenvalues(symmetric(8, 4), stream=0)
     assert library.batches == [3]
     assert not library.alive
+
+
+def test_wrong_values_are_found_out(solver, library):
+    library.factor = 1 + 1e-9
+    with pytest.raises(Unavailable, match="values of cuSOLVER have not the trace"):
+        solver.eigenvalues(symmetric(8, 4), stream=0)
 
 
 def test_an_older_library_is_named_with_its_version(library):
@@ -549,6 +556,13 @@ def test_what_cupy_raises_is_passed_on(fake_cupy, error):
 
     fake_cupy.linalg.eigvalsh = failing
     with pytest.raises(Unavailable, match=r"cupy\.linalg\.eigvalsh fails: why"):
+        cupy.eigenvalues(symmetric(3, 4).as_subclass(OnCuda))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_wrong_values_of_cupy_are_found_out(fake_cupy):
+    fake_cupy.linalg.eigvalsh = lambda a: np.linalg.eigvalsh(a)[::-1].copy()
+    with pytest.raises(Unavailable, match="values of CuPy have not the trace"):
         cupy.eigenvalues(symmetric(3, 4).as_subclass(OnCuda))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from repscope.linalg.routes import Unavailable
+from repscope.linalg.routes.invariants import checked
 
 
 def eigenvalues(C: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def eigenvalues(C: Tensor) -> Tensor:
 
     Raises:
         Unavailable: If ``C`` is not on a CUDA device, CuPy cannot be imported, or it
-            fails.
+            fails, or the values are not those of ``C``.
     """
     if not C.is_cuda:
         raise Unavailable(f"CuPy serves CUDA devices, not {C.device}")
@@ -47,4 +48,4 @@ def eigenvalues(C: Tensor) -> Tensor:
             except (RuntimeError, MemoryError, LinAlgError) as error:
                 raise Unavailable(f"cupy.linalg.eigvalsh fails: {error}") from error
             # A copy, as torch's allocator does not know what streams use CuPy's memory.
-            return from_dlpack(values).clone()
+            return checked(from_dlpack(values).clone(), C, of="CuPy")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from repscope.linalg.routes import Unavailable
+from repscope.linalg.routes.invariants import checked
 
 # Workspace of one call, beyond which the batch is cut. A single matrix may take more.
 WORKSPACE_BYTES = 1 << 30
@@ -87,7 +88,8 @@ def eigenvalues(C: Tensor) -> Tensor:
 
     Raises:
         Unavailable: If ``C`` is not on a CUDA device, cuSOLVER is not found or too old,
-            a call of it fails, or a matrix does not converge.
+            a call of it fails, a matrix does not converge, or the values are not
+            those of ``C``.
     """
     if not C.is_cuda:
         raise Unavailable(f"cuSOLVER serves CUDA devices, not {C.device}")
@@ -174,7 +176,7 @@ class Cusolver:
                 f"cuSOLVER gave up on {len(failed)} of {batch} matrices of size {n}: "
                 f"info is {int(info[failed[0]])} for the first"
             )
-        return W
+        return checked(W, C, of="cuSOLVER")
 
     def _workspace(self, problem: Sequence[Any], C: Tensor) -> tuple[Tensor, Tensor]:
         device, host = c_size_t(), c_size_t()

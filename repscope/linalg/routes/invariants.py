@@ -5,8 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repscope.linalg.routes import Unavailable
+
 # Times n, in units of rounding. LAPACK needs up to 4, at every n up to 1000.
 _TOLERANCE = 16
+
+
+def checked(values: Tensor, C: Tensor, *, of: str) -> Tensor:
+    """Return eigenvalues that have the trace and the norm of their matrices.
+
+    Args:
+        values: Shape ``(batch, n)``.
+        C: Symmetric matrices, shape ``(batch, n, n)``, of the same dtype and device.
+        of: Whose values they are, for the message.
+
+    Returns:
+        The values.
+
+    Raises:
+        Unavailable: If they have not.
+    """
+    if not invariants_hold(C, values):
+        raise Unavailable(
+            f"the values of {of} have not the trace and the norm of the matrices"
+        )
+    return values
 
 
 def invariants_hold(C: Tensor, values: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repscope.linalg.routes import Unavailable, tridiagonal
-from repscope.linalg.routes.invariants import invariants_hold
+from repscope.linalg.routes.invariants import checked
 
 # A float32 tile of 256 x 256 is all the registers that a multiprocessor has.
 LARGEST = 128
@@ -43,12 +43,7 @@ def eigenvalues(C: Tensor) -> Tensor:
         raise Unavailable(f"the tile of a kernel holds n up to {LARGEST}, not {n}")
     with torch.cuda.device_of(C):
         _, _, _, values = launch(C)
-    if not invariants_hold(C, values):
-        raise Unavailable(
-            "the kernels returned values that have not the trace and the norm of "
-            "the matrices"
-        )
-    return values
+        return checked(values, C, of="the kernels")
 
 
 def launch(C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
