@@ -17,7 +17,14 @@ from torch import Tensor
 
 from repscope import parallel, store
 from repscope._checks import is_finite
-from repscope.errors import MetricError, UnknownLayer, UnknownName, UsageError, suggest
+from repscope.errors import (
+    MetricError,
+    NonFiniteError,
+    UnknownLayer,
+    UnknownName,
+    UsageError,
+    suggest,
+)
 from repscope.landscape import SPARSITY_METRICS
 from repscope.linalg import Moments
 from repscope.metrics.alignment import ALIGNMENT_METRICS
@@ -51,6 +58,7 @@ METRICS = (*STREAM_METRICS, *CONTINUAL_METRICS, *SPARSITY_METRICS)
 _OF_PARAMETERS = ("weights", "weight_gradients", "updates")
 # Square roots lift what float32 has lost of the small eigenvalues.
 _OF_SMALL_EIGENVALUES = frozenset({"effective_rank_sigma"})
+_NO_SPECTRUM = "no spectrum: not finite, or fewer than 2 rows"
 # These need no eigenvalues at all.
 _INVARIANT: dict[str, Callable[[Any], Tensor]] = {
     "participation_ratio": attrgetter("participation_ratio"),
@@ -371,10 +379,11 @@ def _n_samples(target: str, X: Tensor) -> int:
 
 def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
     """Return rows, or the moments of some, or a note why they have no spectrum."""
-    if base["n_samples"] < 2 or not X.numel() or not is_finite(X):
-        return _note(base, "no spectrum: not finite, or fewer than 2 rows"), None
-    if base["target"] != "moments":
-        return base, X
+    streamed = base["target"] == "moments"
+    if base["n_samples"] < 2 or not X.numel() or (streamed and not is_finite(X)):
+        return _note(base, _NO_SPECTRUM), None
+    if not streamed:
+        return base, X  # whoever multiplies them finds out whether they are finite
     try:
         return base, Moments.from_tensor(X)
     except MetricError as error:
@@ -383,31 +392,44 @@ def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
 
 def _spectrum_rows(waiting: Sequence[_Waiting], wanted: frozenset[str]) -> list[Row]:
     """Return every metric of all waiting spectra, decomposed together."""
-    known = [X for _, X in waiting if X is not None]
     table: dict[str, Callable[[Any], Tensor]] = SPECTRUM_METRICS
-    done: Iterator[Any]
+    read: Callable[[list[Any]], Any]
     if wanted.intersection(SPECTRUM_METRICS) <= _INVARIANT.keys():
-        table, done = _INVARIANT, iter(invariants(known))
+        table, read = _INVARIANT, invariants
     elif wanted & _OF_SMALL_EIGENVALUES:
-        done = iter(spectra(known))
+        read = spectra
     else:
-        done = iter(spectra(known, accuracy="ranks"))
+        read = partial(spectra, accuracy="ranks")
+    done = iter(_each(read, [X for _, X in waiting if X is not None]))
     rows: list[Row] = []
     for base, X in waiting:
-        if X is None:
+        one = None if X is None else next(done)
+        if one is None or isinstance(one, MetricError):
+            if one is not None:
+                not_finite = isinstance(one, NonFiniteError)
+                base = _note(base, _NO_SPECTRUM if not_finite else str(one))
             rows += [
                 base | {"metric": name, "value": math.nan}
                 for name in SPECTRUM_METRICS
                 if name in wanted
             ]
             continue
-        one = next(done)
         if one.degenerate:
             base = _note(base, f"degenerate: {one.degenerate}")
         if one.n_samples < 5 * one.n_features:
             base = _note(base, "n_samples < 5 n_features")
         rows += _apply(table, wanted, base, one)
     return rows
+
+
+def _each(read: Callable[[list[Any]], Any], Xs: list[Any]) -> list[Any]:
+    """Return what is read of each, or the error; together, unless there is one."""
+    try:
+        return list(read(Xs))
+    except MetricError as error:
+        if len(Xs) == 1:
+            return [error]
+    return [one for X in Xs for one in _each(read, [X])]
 
 
 def _note(base: Row, text: str) -> Row:

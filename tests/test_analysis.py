@@ -316,6 +316,27 @@ def test_moments_are_measured_as_their_rows_are(tmp_path, monkeypatch):
     assert set(at["note"]) == {"n_samples < 5 n_features"}
 
 
+@pytest.mark.parametrize("metric", ["effective_rank", "trace"])
+def test_one_bad_stream_spoils_no_other(tmp_path, metric):
+    streams = {
+        "fine": features(1),
+        "diverged": features(2).index_fill(0, torch.tensor([3]), math.inf),
+        "huge": features(3).double() * 1e200,
+        "fine too": features(4),
+    }
+    snapshot = Snapshot(0, {("outputs", name): X for name, X in streams.items()})
+    frame = measure(write(tmp_path / "run", [snapshot]), metrics=[metric])
+    assert frame["layer"].tolist() == list(streams)
+    assert frame["value"].isna().tolist() == [False, True, True, False]
+    assert "not finite" in frame["note"][1]
+    assert "leave the float64 range" in frame["note"][2]
+    alone = rs.spectrum(streams["fine too"])
+    expected = (
+        alone.effective_rank if metric == "effective_rank" else alone.eigenvalues.sum()
+    )
+    assert frame["value"][3] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_moments_without_a_spectrum_are_nan_with_a_note(tmp_path):
     fine = rs.Moments().update(features(1)).to_tensor()
     diverged = fine.clone()

@@ -135,7 +135,8 @@ def _stacks(
     owners: list[int] = []
     sources: list[Tensor] = []
     for i, batch in zip(members, matrices, strict=True):
-        for piece in torch.split(batch, length):
+        whole = len(batch) <= length
+        for piece in (batch,) if whole else torch.split(batch, length):
             if len(owners) + len(piece) > length:
                 yield tuple(owners), tuple(sources)
                 owners, sources = [], []

@@ -51,7 +51,7 @@ def taken(monkeypatch, matrices):
         (2, torch.float32, "numpy"),
         (8, torch.float32, "numpy"),
         (9, torch.float32, "scipy"),
-        (100, torch.float64, "torch"),
+        (200, torch.float64, "torch"),
     ],
 )
 def test_eigvalsh_goes_the_route_that_was_measured(cache, monkeypatch, n, dtype, route):

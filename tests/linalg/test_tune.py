@@ -122,7 +122,7 @@ ALIKE = {"torch": 2.0, "scipy": 2.0, "numpy": 2.0}
     [
         # Nothing is faster: the built-in thresholds, as far as they were measured ...
         (torch.float32, {16: None, 128: None, 256: None}, choice.built_in_steps),
-        (torch.float64, {16: None, 64: None, 256: None}, choice.built_in_steps),
+        (torch.float64, {16: None, 128: None, 256: None}, choice.built_in_steps),
         # ... one size is changed, then all of them; what is larger stays as it was.
         (
             torch.float32,
@@ -131,10 +131,10 @@ ALIKE = {"torch": 2.0, "scipy": 2.0, "numpy": 2.0}
         ),
         (
             torch.float64,
-            {16: "scipy", 64: "scipy", 256: "scipy"},
-            {512: "scipy", ANY: "numpy"},
+            {16: "scipy", 128: "scipy", 256: "scipy"},
+            {2048: "scipy", ANY: "numpy"},
         ),
-        (torch.float64, {16: "numpy", 64: "numpy"}, {64: "numpy", 512: "scipy"}),
+        (torch.float64, {16: "numpy", 64: "numpy"}, {64: "numpy", 2048: "scipy"}),
     ],
 )
 def test_thresholds_follow_from_the_fastest_routes(dtype, quick, expected):
