@@ -24,7 +24,7 @@ ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
 # Up to which n which route is the fastest; the next one from there on.
 _UP_TO: dict[tuple[str, torch.dtype], Steps] = {
     ("cpu", torch.float32): {128: "torch", 2048: "scipy", ANY: "torch"},
-    ("cpu", torch.float64): {128: "torch", 2048: "scipy", ANY: "numpy"},
+    ("cpu", torch.float64): {128: "torch", 2048: "scipy", ANY: "torch"},
     # Nobody has measured these; until somebody does, the vendor's batched call.
     ("cuda", torch.float32): {32: "torch", ANY: "cusolver"},
     ("cuda", torch.float64): {32: "torch", ANY: "cusolver"},

@@ -93,7 +93,7 @@ class Condensed:
     names: tuple[str, ...]
     sources: tuple[Tensor, ...]
     matrices: Tensor
-    exponent: Tensor
+    exponent: Tensor | None  # true eigenvalues are those times 4**exponent
     constant: Tensor  # in float32 only a suspicion
     shape: tuple[int, int]
     rank: int
@@ -173,11 +173,11 @@ def _condensed(
     single = dtype == torch.float32 or raw.dtype == torch.float32
     rows = raw.to(torch.float32 if single else torch.float64)
     top = largest(rows)
-    if not bool(torch.isfinite(top).all()):
+    exponent = scale_exponent(top, dtype)
+    if exponent is not None:
         for name, matrix in zip(names, rows, strict=True):
             check_finite(matrix, name=name)
-    exponent = scale_exponent(top, dtype)
-    rows, top = in_scale(rows, exponent), top * torch.exp2(-exponent)
+        rows, top = in_scale(rows, exponent), top * torch.exp2(-exponent)
     own = stacked or rows is not raw
     product = gram if n < d else scatter
     matrices = product(rows, center=how.center, dtype=dtype, overwrite=own)
@@ -187,7 +187,8 @@ def _condensed(
     if how.center and dtype == torch.float64 and bool(constant.any()):
         suspects = constant.nonzero()[:, 0]
         again = torch.cat(sources)[suspects].to(torch.float64)
-        again = in_scale(again, exponent[suspects])
+        if exponent is not None:
+            again = in_scale(again, exponent[suspects])
         constant[suspects] = _is_constant(again, resolution)
     return Condensed(
         owners=owners,

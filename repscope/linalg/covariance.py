@@ -68,8 +68,10 @@ def covariance(
     divisor = degrees_of_freedom(n, ddof=ddof)
     rows = features.reshape(-1, n, d)
     exponent = scale_exponent(largest(rows), dtype)
-    C = scatter(in_scale(rows, exponent), center=center, dtype=dtype).div_(divisor)
-    if bool(exponent.any()):
+    if exponent is not None:
+        rows = in_scale(rows, exponent)
+    C = scatter(rows, center=center, dtype=dtype).div_(divisor)
+    if exponent is not None:
         # Twice the factor, because its square may overflow before the product does.
         factor = torch.exp2(exponent)[:, None, None]
         C = C.mul_(factor).mul_(factor)
@@ -121,7 +123,7 @@ def scatter(
     blocks = _blocks(X, along=-2, dtype=dtype)
     if not center:
         return _around(blocks, X.new_zeros(1, dtype=dtype))[1].to(dtype)
-    n, origin = X.shape[-2], _column_means(blocks[0]).to(dtype)
+    n, origin = X.shape[-2], blocks[0].mean(-2, keepdim=True).to(dtype)
     if len(blocks) == 1:
         reused = overwrite and X.dtype == dtype
         rows = _shifted(X, origin, overwrite=overwrite)
@@ -157,9 +159,10 @@ def gram(
         Shape ``(batch, n, n)`` of that dtype, with the non-zero eigenvalues of
         `scatter`.
     """
-    n, zero = X.shape[-2], X.new_zeros(1, 1, 1, dtype=dtype)
+    n, none = X.shape[-2], X.new_zeros(1, 1, 1)
     blocks = _blocks(X, along=-1, dtype=dtype)
-    origins = [_column_means(one).to(dtype) if center else zero for one in blocks]
+    means = (one.mean(-2, keepdim=True) if center else none for one in blocks)
+    origins = [mean.to(dtype) for mean in means]
     products = (
         _product(_shifted(block, origin, overwrite=overwrite), transposed=True)
         for block, origin in zip(blocks, origins, strict=True)
@@ -189,7 +192,7 @@ def largest(X: Tensor) -> Tensor:
     return torch.maximum(X.amax((-2, -1)), -X.amin((-2, -1))).to(torch.float64)
 
 
-def scale_exponent(top: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_exponent(top: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the power of two by which to divide each matrix before it is squared.
 
     Args:
@@ -197,10 +200,14 @@ def scale_exponent(top: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: In which it will be multiplied.
 
     Returns:
-        Float64, shape ``(batch,)``; 0 where squares are safe as they are.
+        Float64, shape ``(batch,)``, 0 where squares are safe as they are; None if
+        they are in all of them.
     """
-    exponent = _power_of_two(top)
     safe = 40 if dtype == torch.float32 else 300
+    least, most = (float(bound) for bound in torch.aminmax(top))
+    if 2.0**-safe < least and most < 2.0 ** (safe - 1):
+        return None
+    exponent = _power_of_two(top)
     return torch.where((exponent.abs() < safe) | (top == 0), 0.0, exponent)
 
 
@@ -212,10 +219,8 @@ def in_scale(X: Tensor, exponent: Tensor) -> Tensor:
         exponent: Shape ``(batch,)``.
 
     Returns:
-        The same dtype; ``X`` itself where nothing is to be done.
+        The same dtype.
     """
-    if not bool(exponent.any()):
-        return X
     # 2**-exponent may leave the range of float32 where the quotient does not.
     return (X.to(torch.float64) * torch.exp2(-exponent)[:, None, None]).to(X.dtype)
 
@@ -289,10 +294,6 @@ def _blocks(X: Tensor, *, along: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     # A row (or column) of every matrix of the batch, in the dtype it is multiplied in.
     one = X.numel() // X.shape[along] * dtype.itemsize
     return torch.split(X, max(_BLOCK_LEAST, _BLOCK_BYTES // one), dim=along)
-
-
-def _column_means(rows: Tensor) -> Tensor:
-    return (_column_sums(rows) / rows.shape[-2]).to(rows.dtype)[..., None, :]
 
 
 def _column_sums(rows: Tensor) -> Tensor:

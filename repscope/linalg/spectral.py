@@ -122,9 +122,7 @@ def covariance_eigenvalues(
     found: Found = defaultdict(list)
     for parts in _rounds(condensed(inputs, how)):
         for part, values in zip(parts, _decomposed(parts), strict=True):
-            scaled, exponent, constant = _finished(part, values, how)
-            restored = _restored(scaled, exponent, part.names)
-            _deal(found, part, (restored, entropy_rank(scaled), constant))
+            _deal(found, part, _results(part, values, how))
     return [
         Eigenvalues(*_joined(found[i], own.lead), shape=own.shape)
         for i, own in enumerate(inputs)
@@ -173,9 +171,8 @@ def squared_singular_values(W: Tensor, *, name: str) -> Eigenvalues:
     matrix, exponent = rescaled(W)
     values = torch.linalg.svdvals(matrix).square()
     zero = matrix.count_nonzero() == 0
-    noise = (max(W.shape) * _EPS) ** 2
-    scaled = _padded(_without_noise(values, noise), W.shape[-1])
-    restored = _restored(scaled[None], exponent[None], [name])[0]
+    scaled = _without_noise(values, (max(W.shape) * _EPS) ** 2)
+    restored = _restored(scaled[None], exponent[None], W.shape[-1], [name])[0]
     return Eigenvalues(restored, entropy_rank(scaled), zero, (W.shape[0], W.shape[1]))
 
 
@@ -251,31 +248,37 @@ def _widened(C: Tensor, size: int) -> Tensor:
 
 
 # -- finishing ----------------------------------------------------------------
-def _finished(part: Condensed, values: Tensor, how: How) -> Results:
-    """Return eigenvalues of order one, their exponents, and what is constant."""
-    scaled = _cleaned(part, values)
-    exponent, constant = part.exponent, part.constant
-    if values.dtype == torch.float32:
-        doubtful = constant | _is_rounding(part, values)
+def _results(part: Condensed, values: Tensor, how: How) -> Results:
+    """Return eigenvalues at their own scale, effective ranks, and what is constant."""
+    single, size = values.dtype == torch.float32, values.shape[-1]
+    cut = size**0.5 * _EPS_SINGLE if single else max(part.shape) * _EPS
+    resolved = bool((values[:, part.rank - 1] > cut * values[:, 0]).all())
+    # A product of features with themselves has no eigenvalue far below 0.
+    if not (resolved and part.sources):
+        values = clip_rounding(values, name=_one_of(part.names))
+    scaled = values.to(torch.float64)
+    if not resolved:
+        scaled = _without_noise(scaled, cut)
+    scaled[:, part.rank :] = 0.0
+    constant = part.constant
+    if not single and bool(constant.any()):
+        scaled = scaled.masked_fill(constant[:, None], 0.0)
+    restored = _restored(scaled, part.exponent, part.shape[1], part.names)
+    results = restored, entropy_rank(scaled), constant
+    if single:
+        doubtful = constant if resolved else constant | _is_rounding(part, values)
         if bool(doubtful.any()):
             again = exactly(part, doubtful, how)
-            better = _finished(again, decompose(again.matrices), how)
-            for own, other in zip((scaled, exponent, constant), better, strict=True):
-                own[doubtful] = other
-    return scaled, exponent, constant
+            _overwrite(
+                results, doubtful, _results(again, decompose(again.matrices), how)
+            )
+    return results
 
 
-def _cleaned(part: Condensed, values: Tensor) -> Tensor:
-    """Return values without rounding noise, padded to the features."""
-    values = clip_rounding(values, name=_one_of(part.names))
-    single = values.dtype == torch.float32
-    size = values.shape[-1]
-    cut = size**0.5 * _EPS_SINGLE if single else max(part.shape) * _EPS
-    values = _without_noise(values.to(torch.float64), cut)
-    values[..., part.rank :] = 0.0
-    if not single and bool(part.constant.any()):
-        values = values.masked_fill(part.constant[:, None], 0.0)
-    return _padded(values, part.shape[1])
+def _overwrite(results: Results, where: Tensor, better: Results) -> None:
+    chosen = where.nonzero()[:, 0]
+    for own, other in zip(results, better, strict=True):
+        own[chosen] = other
 
 
 def _is_rounding(part: Condensed, values: Tensor) -> Tensor:
@@ -301,25 +304,28 @@ def _invariants(part: Condensed, how: How) -> Results:
     # Shares, because the squares may leave the range.
     squares = (C / total[:, None, None]).square_().sum((-2, -1))
     ratio = torch.where(constant, 0.0, squares.reciprocal())
-    trace = torch.where(constant, 0.0, total)
-    trace = _restored(trace[:, None], part.exponent, part.names)[:, 0]
+    trace = torch.where(constant, 0.0, total)[:, None]
+    trace = _restored(trace, part.exponent, 1, part.names)[:, 0]
+    results = trace, ratio, constant
     if part.matrices.dtype == torch.float32 and bool(constant.any()):
-        better = _invariants(exactly(part, constant, how), how)
-        doubtful = constant.clone()
-        for own, other in zip((trace, ratio, constant), better, strict=True):
-            own[doubtful] = other
-    return trace, ratio, constant
+        _overwrite(results, constant, _invariants(exactly(part, constant, how), how))
+    return results
 
 
-def _restored(scaled: Tensor, exponent: Tensor, names: Sequence[str]) -> Tensor:
-    """Return ``scaled * 4**exponent``.
+def _restored(
+    scaled: Tensor, exponent: Tensor | None, width: int, names: Sequence[str]
+) -> Tensor:
+    """Return values at their own scale, padded to the features.
 
     Raises:
-        MetricError: If that leaves the float64 range.
+        MetricError: If they leave the float64 range.
     """
+    values = torch.nn.functional.pad(scaled, (0, width - scaled.shape[-1]))
+    if exponent is None:
+        return values
     factor = torch.exp2(exponent)[:, None]
     # Twice the factor, because its square may overflow before the product does.
-    values = scaled * factor * factor
+    values = values * factor * factor
     top, scaled_top = values[:, 0], scaled[:, 0]
     lost = torch.isinf(top) | ((top == 0) & (scaled_top > 0))
     if bool(lost.any()):
@@ -333,10 +339,6 @@ def _restored(scaled: Tensor, exponent: Tensor, names: Sequence[str]) -> Tensor:
 
 def _without_noise(values: Tensor, cut: float) -> Tensor:
     return values.masked_fill(values <= cut * values[..., :1], 0.0)
-
-
-def _padded(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
 
 
 def _one_of(names: Sequence[str]) -> str:

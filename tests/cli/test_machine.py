@@ -76,7 +76,7 @@ def test_json_says_the_same(cache, capsys):
     assert {each["of"] for each in found["blas"]} >= {"torch"}
     cpu = found["thresholds"][0]
     assert cpu["measured"] is cpu["why_not"] is None
-    assert cpu["up_to"]["float64"] == [[128, "torch"], [2048, "scipy"], [None, "numpy"]]
+    assert cpu["up_to"]["float64"] == [[128, "torch"], [2048, "scipy"], [None, "torch"]]
 
 
 def test_measured_thresholds_are_shown_with_their_date(cache, capsys):

@@ -132,7 +132,7 @@ ALIKE = {"torch": 2.0, "scipy": 2.0, "numpy": 2.0}
         (
             torch.float64,
             {16: "scipy", 128: "scipy", 256: "scipy"},
-            {2048: "scipy", ANY: "numpy"},
+            {2048: "scipy", ANY: "torch"},
         ),
         (torch.float64, {16: "numpy", 64: "numpy"}, {64: "numpy", 2048: "scipy"}),
     ],
