@@ -117,21 +117,27 @@ def condensed(inputs: Sequence[Input], how: How) -> Iterator[Condensed]:
             key = own.shape, own.rows.dtype, own.rows.device
             same_shape[key].append(i)
     for members in same_shape.values():
+        matrices = [inputs[i].rows for i in members]
+        length = _stack_length(matrices)
         memory = None  # fresh pages for every stack would cost as much as its product
-        for owners, sources in _stacks(members, [inputs[i].rows for i in members]):
+        for owners, sources in _stacks(members, matrices, length):
             names = tuple(inputs[i].name for i in owners)
             if memory is None and len(sources) > 1:
-                memory = sources[0].new_empty(len(owners), *sources[0].shape[1:])
+                memory = sources[0].new_empty(length, *sources[0].shape[1:])
             yield _condensed(sources, owners, names, how, memory)
 
 
+def _stack_length(matrices: Sequence[Tensor]) -> int:
+    """Return how many matrices the longest stack has."""
+    one = matrices[0][0].nbytes
+    fitting = max(1, int(limit(_STACK_BYTES, matrices[0])) // one)
+    return min(fitting, sum(map(len, matrices)))
+
+
 def _stacks(
-    members: Sequence[int], matrices: Sequence[Tensor]
+    members: Sequence[int], matrices: Sequence[Tensor], length: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
     """Cut and gather batches of one shape; one owner for each matrix."""
-    n, d = matrices[0].shape[-2:]
-    one = max(1, n * d * matrices[0].element_size())
-    length = max(1, int(limit(_STACK_BYTES, matrices[0])) // one)
     owners: list[int] = []
     sources: list[Tensor] = []
     for i, batch in zip(members, matrices, strict=True):

@@ -50,6 +50,14 @@ def test_stacks_may_be_cut_anywhere(limit, monkeypatch):
         np.testing.assert_allclose(found.effective_rank, np.exp(entropy), rtol=1e-9)
 
 
+def test_a_later_stack_may_be_longer_than_the_first(monkeypatch):
+    monkeypatch.setitem(condensed._STACK_BYTES, "cpu", 10 * 30 * 6 * 4)
+    Xs = [torch.rand(count, 30, 6) for count in (3, 3, 6, 2, 2, 25, 1)]
+    for accuracy, tolerance in (("eigenvalues", 1e-12), ("ranks", 2e-6)):
+        for X, found in zip(Xs, rs.spectra(Xs, accuracy=accuracy), strict=True):
+            assert_right(X, found.eigenvalues, tolerance=tolerance)
+
+
 def decompositions(monkeypatch):
     sizes = []
     real = spectral.decompose
