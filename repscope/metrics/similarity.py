@@ -235,7 +235,8 @@ def principal_angles(
             ``n_samples - 1`` dimensions (for equal widths, ``n_samples <= 2 * k``).
         MetricError: If two ``"features"`` subspaces have more than ``n_features``, if
             fewer than k directions carry variance, if singular values k and k + 1 are
-            equal, which leaves the subspace undetermined, or if shapes do not match.
+            equal up to rounding, which leaves the subspace undetermined, or if shapes
+            do not match.
 
     References:
         Björck and Golub (1973), Numerical methods for computing angles between linear
@@ -310,9 +311,9 @@ def between_within(
 
     Args:
         groups: Group (optimizer) -> its members (features, predictions, whatever
-            ``distance`` takes), as seed -> member or in a list. Members of two groups
-            with the same seed are not compared: they share an initialisation, as no
-            two members of one group do. In lists nobody knows, and all are.
+            ``distance`` takes), as seed -> member or in a list. Named by seed, members
+            of two groups with the same seed are not compared: they share an
+            initialisation, as no two members of one group do. In a list, all are.
         distance: Called with two members, symmetric, returns one number, like
             ``procrustes_distance`` or ``lambda a, b: 1 - linear_cka(a, b)``.
 
@@ -389,15 +390,16 @@ def _centred(value: Any, *, name: str) -> _Centred:
     raw = as_matrices(value, name=name)
     X, exponent = rescaled(as_features(raw, name=name))
     deviations = X - X.mean(-2, keepdim=True)
-    # Beside a large mean, the first one is not exact.
-    deviations = deviations - deviations.mean(-2, keepdim=True)
     resolution = resolution_of(raw)
     spread = deviations.square().mean(-2, keepdim=True).sqrt()
     constant = spread <= resolution * X.abs().amax(-2, keepdim=True)
     deviations = deviations.masked_fill(constant, 0.0)
     # All zeros have no scale that the sums of other batches would have to share.
     exponent = exponent.masked_fill(constant.all(-1)[..., 0], -1000.0)
-    noise = resolution * torch.linalg.matrix_norm(X)
+    # Independent errors add up along the largest row and column, no further.
+    squares = X.square()
+    rows, columns = (squares.sum(along).amax(-1).sqrt() for along in (-1, -2))
+    noise = resolution * (rows + columns)
     return _Centred(name, deviations, exponent, noise)
 
 
@@ -548,8 +550,8 @@ def _basis(X: _Centred, k: int, *, space: Space) -> Tensor:
         )
     if k < S.shape[-1] and bool((S[..., k - 1] - S[..., k] <= noise).any()):
         raise MetricError(
-            f"singular values {k} and {k + 1} of {X.name} are equal, so its top-{k} "
-            f"subspace is undetermined; use another k"
+            f"singular values {k} and {k + 1} of {X.name} are equal up to rounding, so "
+            f"its top-{k} subspace is undetermined; use another k"
         )
     basis: Tensor = U[..., :k] if space == "samples" else Vh[..., :k, :].mT
     return basis

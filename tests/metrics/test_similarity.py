@@ -142,6 +142,9 @@ def test_samples_that_are_equally_far_apart_say_nothing_debiased():
         assert rs.linear_cka(Y, simplex, debiased=True).isnan()
     nearly = turned + 1e-5 * torch.randn(8, 8)
     assert rs.linear_cka(nearly, Y, debiased=True).abs() <= 1
+    for n in range(4, 30):
+        turned = torch.eye(n, dtype=torch.float64) @ rotation(n)
+        assert rs.linear_cka(turned, torch.randn(n, 3), debiased=True).isnan()
 
 
 @SPACES
@@ -289,9 +292,33 @@ def test_cuda_agrees(call):
 
 
 def test_self_distance_is_not_the_root_of_rounding():
-    X, _ = related(200, 30)
-    assert rs.procrustes_distance(X, X) < 1e-12
-    assert rs.procrustes_distance(X, X @ rotation(30) * 7 - 2) < 1e-12
+    for d in range(1, 30):
+        X, _ = related(50, d)
+        assert rs.procrustes_distance(X, X) < 1e-12
+        assert rs.procrustes_distance(X, X @ rotation(d) * 7 - 2) < 1e-12
+
+
+def test_rounding_leaves_no_range():
+    for d in range(1, 30):
+        X, _ = related(80, d)
+        for debiased in (False, True):
+            assert rs.linear_cka(X, X @ rotation(d) * 7 - 2, debiased=debiased) <= 1
+        apart = orthonormal(80, 2 * d)
+        assert rs.procrustes_distance(apart[:, :d], apart[:, d:]) <= 2**0.5
+        assert overlap(X, X @ rotation(d), d).overlap <= 1
+
+
+def test_neither_many_samples_nor_many_features_cost_their_square():
+    """Squared, they would not fit into memory."""
+    X, Y = related(10, 3, 2)
+    stretched = X @ rotation(3) @ torch.eye(3, 200_000, dtype=torch.float64)
+    for metric in SIMILARITY_METRICS.values():
+        close(metric(stretched, Y), metric(X, Y))
+    close(angles(stretched, Y, 2), angles(X, Y, 2))
+    many = X.repeat(20_000, 1), Y.repeat(20_000, 1)
+    for metric in (rs.linear_cka, rs.procrustes_distance):
+        close(metric(*many), metric(X, Y))
+    close(angles(*many, 2), angles(X, Y, 2))
 
 
 # -- degenerate input --------------------------------------------------------
@@ -336,6 +363,20 @@ def test_a_dead_unit_is_named_for_angles_and_harmless_elsewhere():
     # In float32 the dependent feature differs from its sum by rounding only.
     with pytest.raises(MetricError, match="X has rank 7"):
         rs.principal_angles(doubled.float(), Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_rounding_of_the_dtype_adds_no_rank(dtype, mean):
+    """Features of rank 3 whose rounding fills the other 9 directions."""
+    sizes = torch.tensor([16.0, 8.0, 4.0])
+    exact = orthonormal(200, 3) * sizes @ rotation(12)[:3] + mean
+    X = exact.to(dtype)
+    filled = torch.from_numpy(oracles.centred(X.double()))
+    assert torch.linalg.matrix_rank(filled) == 12
+    with pytest.raises(MetricError, match="X has rank 3 and no 4"):
+        rs.principal_angles(X, exact, k=4)
+    assert rs.principal_angles(X, exact, k=3).max() < 20 * torch.finfo(dtype).eps
 
 
 @SPACES
@@ -397,6 +438,15 @@ def test_minibatches_of_unequal_scale_share_one():
         cross = oracles.hsic_1(*big) * len(big[0])
         other = 20 * oracles.hsic_1(Y[:last], Y[:last]) + 30 * oracles.hsic_1(Y, Y)
         close(cka.value(), cross / math.sqrt(one * other))
+
+
+def test_minibatches_of_which_one_is_large_in_each_representation():
+    (X, Y), (V, W) = related(30, 4, 4), related(30, 4, 4)
+    pairs = [(X * 16, Y), (V, W * 32)]
+    cka = rs.MinibatchCKA()
+    for x, y in pairs:
+        cka.update(x, y)
+    close(cka.value(), oracles.debiased_cka(pairs))
 
 
 def test_a_constant_batch_adds_nothing_and_nothing_else_is_nan():
