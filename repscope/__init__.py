@@ -41,6 +41,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     # classes
     "repscope.metrics.alignment": ("class_cosine", "class_means", "cross_class_cosine"),
+    # similarity
+    "repscope.metrics.similarity": (
+        "MinibatchCKA",
+        "between_within",
+        "linear_cka",
+        "principal_angles",
+        "procrustes_distance",
+        "subspace_overlap",
+    ),
     # weights
     "repscope.metrics.weights": ("hoyer_sparsity", "weight_histogram"),
     "repscope.landscape": ("sparsity_curve",),
@@ -56,12 +65,14 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # results
     "repscope.results": (
         "Band",
+        "BetweenWithin",
         "ClassCosine",
         "Histogram",
         "Interval",
         "PowerLaw",
         "SparsityCurve",
         "Spectrum",
+        "SubspaceOverlap",
     ),
 }
 _SUBMODULES = ("errors", "optim", "plots", "studies")

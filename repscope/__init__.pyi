@@ -24,6 +24,12 @@ from repscope.metrics.continual import average_accuracy as average_accuracy
 from repscope.metrics.continual import backward_transfer as backward_transfer
 from repscope.metrics.continual import forgetting as forgetting
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.similarity import MinibatchCKA as MinibatchCKA
+from repscope.metrics.similarity import between_within as between_within
+from repscope.metrics.similarity import linear_cka as linear_cka
+from repscope.metrics.similarity import principal_angles as principal_angles
+from repscope.metrics.similarity import procrustes_distance as procrustes_distance
+from repscope.metrics.similarity import subspace_overlap as subspace_overlap
 from repscope.metrics.spectra import effective_rank as effective_rank
 from repscope.metrics.spectra import (
     explained_variance_ratio as explained_variance_ratio,
@@ -46,12 +52,14 @@ from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
 from repscope.results import Band as Band
+from repscope.results import BetweenWithin as BetweenWithin
 from repscope.results import ClassCosine as ClassCosine
 from repscope.results import Histogram as Histogram
 from repscope.results import Interval as Interval
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum
+from repscope.results import SubspaceOverlap as SubspaceOverlap
 from repscope.snapshot import Snapshot as Snapshot
 from repscope.store import Run as Run
 from repscope.store import open as open

@@ -6,6 +6,7 @@ same numbers as a tidy table.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -95,6 +96,64 @@ class ClassCosine:
                 "class_a": [a for a in labels for _ in labels],
                 "class_b": [b for _ in labels for b in labels],
                 "cosine": self.matrix.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SubspaceOverlap:
+    """How much of one subspace lies in another, beside chance.
+
+    Attributes:
+        overlap: Mean squared cosine of the principal angles, shape ``(...)``.
+        chance: Its expected value for random subspaces, ``k / dimension``.
+        k: Dimension of both subspaces.
+        space: ``"samples"`` or ``"features"``.
+        dimension: Of the space they lie in: ``n_samples - 1`` or ``n_features``.
+    """
+
+    overlap: Tensor
+    chance: float
+    k: int
+    space: Literal["samples", "features"]
+    dimension: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per pair of a batch, with all fields."""
+        return _frame({**vars(self), "overlap": self.overlap.reshape(-1)})
+
+
+@dataclass(frozen=True, eq=False)
+class BetweenWithin:
+    """What separates groups, beside what separates the members of one group.
+
+    Attributes:
+        groups: Their names.
+        means: Mean over pairs of members, shape ``(n_groups, n_groups)``, symmetric;
+            on the diagonal within the group.
+        n_pairs: Pairs behind each mean, integers of the same shape.
+        between: Mean over the pairs of groups.
+        within: Mean over the groups.
+        ratio: ``between / within``.
+    """
+
+    groups: tuple[Hashable, ...]
+    means: Tensor
+    n_pairs: Tensor
+    between: float
+    within: float
+    ratio: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per pair of groups: ``group_a, group_b, mean, n_pairs``."""
+        n = len(self.groups)
+        places = [(i, j) for i in range(n) for j in range(i, n)]
+        return _frame(
+            {
+                "group_a": [self.groups[i] for i, _ in places],
+                "group_b": [self.groups[j] for _, j in places],
+                "mean": [float(self.means[i, j]) for i, j in places],
+                "n_pairs": [int(self.n_pairs[i, j]) for i, j in places],
             }
         )
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import scipy.linalg
+import scipy.spatial
 import scipy.stats
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
@@ -99,6 +100,59 @@ def class_cosine_pairs(X, y) -> np.ndarray:
 
 def off_diagonal_mean(matrix) -> float:
     return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
+
+
+# -- similarity --------------------------------------------------------------
+def centred(X) -> np.ndarray:
+    X = as_array(X)
+    return X - X.mean(0)
+
+
+def cka(X, Y) -> float:
+    """Return HSIC over HSICs, from kernels and the centring matrix."""
+    n = len(as_array(X))
+    H = np.eye(n) - 1 / n
+    K, L = (as_array(V) @ as_array(V).T for V in (X, Y))
+    cross, one, other = (np.trace(A @ H @ B @ H) for A, B in ((K, L), (K, K), (L, L)))
+    return float(cross / math.sqrt(one * other))
+
+
+def hsic_1(X, Y) -> float:
+    """Return Song et al.'s equation 5, on the kernels without their diagonals."""
+    X, Y = as_array(X), as_array(Y)
+    n, ones = len(X), np.ones(len(X))
+    K, L = (V @ V.T * (1 - np.eye(n)) for V in (X, Y))
+    terms = np.trace(K @ L)
+    terms += ones @ K @ ones * (ones @ L @ ones) / ((n - 1) * (n - 2))
+    terms -= 2 / (n - 2) * (ones @ K @ L @ ones)
+    return float(terms / (n * (n - 3)))
+
+
+def debiased_cka(batches) -> float:
+    """Return the ratio of sums over ``(X, Y)`` batches."""
+    cross = sum(len(X) * hsic_1(X, Y) for X, Y in batches)
+    one = sum(len(X) * hsic_1(X, X) for X, _ in batches)
+    other = sum(len(X) * hsic_1(Y, Y) for X, Y in batches)
+    return cross / math.sqrt(one * other)
+
+
+def procrustes(X, Y) -> float:
+    """Return the distance from scipy's disparity, 1 - (nuclear norm)^2."""
+    X, Y = as_array(X), as_array(Y)
+    width = max(X.shape[1], Y.shape[1])
+    X, Y = (np.pad(V, ((0, 0), (0, width - V.shape[1]))) for V in (X, Y))
+    disparity = scipy.spatial.procrustes(X, Y)[2]
+    return math.sqrt(2 - 2 * math.sqrt(1 - disparity))
+
+
+def principal_angles(X, Y, k, *, space="samples") -> np.ndarray:
+    """Return scipy's angles between the leading components of scikit-learn's PCA."""
+    found = []
+    for V in (X, Y):
+        pca = PCA(k, svd_solver="full").fit(as_array(V))
+        basis = pca.transform(as_array(V)) if space == "samples" else pca.components_.T
+        found.append(basis)
+    return np.sort(scipy.linalg.subspace_angles(*found))
 
 
 # -- weights -----------------------------------------------------------------

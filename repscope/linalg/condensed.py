@@ -187,7 +187,7 @@ def _condensed(
     own = stacked or rows is not raw
     product = gram if n < d else scatter
     matrices = product(rows, center=how.center, dtype=dtype, overwrite=own)
-    resolution = _resolution(raw)
+    resolution = resolution_of(raw)
     total = matrices.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64) / n
     constant = total <= d * (resolution * top).square() if how.center else top == 0
     if how.center and dtype == torch.float64 and bool(constant.any()):
@@ -260,5 +260,13 @@ def _is_constant(X: Tensor, resolution: float) -> Tensor:
     return (spread <= resolution * X.abs().amax(-2)).all(-1)
 
 
-def _resolution(raw: Tensor) -> float:
+def resolution_of(raw: Tensor) -> float:
+    """Return the relative rounding of the dtype in which features were given.
+
+    Args:
+        raw: Features before any cast.
+
+    Returns:
+        Its machine epsilon; that of float64 for integers.
+    """
     return torch.finfo(raw.dtype).eps if raw.is_floating_point() else _EPS

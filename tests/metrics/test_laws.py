@@ -11,6 +11,7 @@ import repscope as rs
 from repscope.landscape import SPARSITY_METRICS
 from repscope.metrics.alignment import ALIGNMENT_METRICS
 from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.similarity import SIMILARITY_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
@@ -165,6 +166,7 @@ def test_names_are_unique_across_families():
     families = (
         SPECTRUM_METRICS,
         ALIGNMENT_METRICS,
+        SIMILARITY_METRICS,
         WEIGHT_METRICS,
         CONTINUAL_METRICS,
         SPARSITY_METRICS,

@@ -10,6 +10,7 @@ import pytest
 from repscope.landscape import SPARSITY_METRICS
 from repscope.metrics.alignment import ALIGNMENT_METRICS
 from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.similarity import SIMILARITY_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 
@@ -30,6 +31,7 @@ def test_the_worked_numbers_are_true():
     [
         *SPECTRUM_METRICS,
         *ALIGNMENT_METRICS,
+        *SIMILARITY_METRICS,
         *WEIGHT_METRICS,
         *CONTINUAL_METRICS,
         *SPARSITY_METRICS,
