@@ -184,7 +184,7 @@ def test_an_interrupted_store_is_run_again_and_others_are_kept(demo, capsys):
 
 def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(tmp_path):
     out = tmp_path / "runs"
-    arguments = ["study", "permuted", "--out", str(out), "--seeds", "2",
+    arguments = ["study", "permuted", "--out", str(out), "--seeds", "1",
                  "--jobs", "1", "--optimizers", "adamw", "sgd"]  # fmt: skip
     process = subprocess.Popen(
         [*COMMAND, *arguments],
