@@ -14,7 +14,7 @@ from repscope.errors import LabelError, LabelMismatch, NonFiniteError, NotEnough
 ANSWERS = arrays(np.int64, 12, elements=st.integers(0, 3))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(a=ANSWERS, b=ANSWERS, c=ANSWERS)
 def test_disagreement_is_a_metric(a, b, c):
     found = rs.disagreement(a, b).item()

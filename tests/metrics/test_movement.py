@@ -65,7 +65,7 @@ def test_steps_of_length_zero_have_no_direction_and_are_counted():
     assert found.step_cosine.item() == 1.0  # of the last two only
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     points=arrays(np.float64, (4, 3), elements=st.floats(-10, 10, width=16)),
     scale=st.sampled_from([1e-25, 3.0, 1e20, 1e200]),
