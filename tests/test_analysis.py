@@ -19,6 +19,7 @@ from repscope.analysis import (
     sparsity_curves,
 )
 from repscope.metrics.weights import WEIGHT_METRICS
+from repscope.report.figures import weight_histogram
 from repscope.snapshot import Snapshot
 
 
@@ -414,3 +415,13 @@ def test_a_frozen_layer_is_read_whole(tmp_path, runs):
     assert never_updated_weights(rs.open(runs[0])) == {}
     path = write(tmp_path / "bare", [Snapshot(0, {("outputs", "a"): features(0)})])
     assert never_updated_weights(rs.open(path)) == {}
+
+
+def test_the_histogram_of_a_report_leaves_them_out_and_says_so(tmp_path):
+    trained(tmp_path / "sgd", torch.optim.SGD)
+    trained(tmp_path / "adam", torch.optim.AdamW)
+    runs = {name: [rs.open(tmp_path / name)] for name in ("sgd", "adam")}
+    drawn = weight_histogram(runs, None)
+    assert drawn.caption.endswith("never updated are left out: 8 (sgd).")
+    drawn = weight_histogram({"adam": runs["adam"]}, None)
+    assert drawn.caption.endswith("equal edges for all.")

@@ -56,7 +56,8 @@ def test_the_exponent_of_the_density_is_one_over_ours_plus_one(weightwatcher):
     """lambda_i ~ i^-s has a density ~ lambda^-(1 + 1/s)."""
     s, n = 0.8, 400
     values = np.arange(1, n + 1.0) ** -s
-    left, right = (np.linalg.qr(np.random.randn(n, n))[0] for _ in "ab")
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in "ab")
     layer = nn.Linear(n, n, bias=False)
     layer.weight.data = torch.from_numpy((left * np.sqrt(values)) @ right).float()
     (alpha,) = details(weightwatcher, nn.Sequential(layer))["alpha"]
