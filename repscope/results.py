@@ -255,10 +255,12 @@ class Barrier:
         beside = "no reference between two seeds of one optimizer"
         if self.reference == self.reference:
             beside = f"{self.reference:.3g} between two seeds of one optimizer"
+        height = float(self.barrier)
+        matched = " after matching" if self.matched else ""
+        where = f", largest at {self.argmax:.2g}" if height else ""
         return (
-            f"linearly connected up to {float(self.barrier):.3g} at "
-            f"{len(self.alphas)} points{' after matching' if self.matched else ''}, "
-            f"largest at {self.argmax:.2g}; {beside}"
+            f"linearly connected up to {height:.3g} at {len(self.alphas)} points"
+            f"{matched}{where}; {beside}"
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -48,7 +48,7 @@ def hessian_top_eigenvalue(
         preconditioner: ``(parameter of model, tensor) -> tensor``, which multiplies by
             :math:`P^{-1/2}`; see ``rs.optim.inverse_sqrt_preconditioner``.
         tolerance: Stop when the residual is at most this share of the largest
-            magnitude of an eigenvalue. The error is about its square.
+            magnitude of an eigenvalue. The error is at most that, often its square.
         max_products: Stop after so many Hessian-vector products. As many vectors of
             8 bytes a parameter are held.
         seed: Of the first vector.

@@ -129,8 +129,7 @@ def distance_from_initialisation(initial: Any, final: Any) -> Displacement:
     """  # noqa: DOC502 - raised by _points
     start, end = _points([initial, final], name="(initial, final)")
     step = _difference(end, start)
-    distance = torch.stack([_norm({name: t}) for name, t in step.items()])
-    norms = torch.stack([_norm({name: t}) for name, t in start.items()])
+    distance, norms = _norms(step), _norms(start)
     total = _norm(step)
     return Displacement(
         names=tuple(map(str, start)),
@@ -255,12 +254,17 @@ def _difference(a: _Point, b: _Point) -> _Point:
 
 
 def _over(point: _Point, size: Tensor) -> _Point:
-    return {name: tensor / size for name, tensor in point.items()}
+    return {name: tensor / size.to(tensor.device) for name, tensor in point.items()}
 
 
 def _dot(a: _Point, b: _Point) -> Tensor:
     home = _zero(a)
     return sum(((t * b[name]).sum().to(home.device) for name, t in a.items()), home)
+
+
+def _norms(point: _Point) -> Tensor:
+    home = _zero(point).device
+    return torch.stack([_norm({name: t}).to(home) for name, t in point.items()])
 
 
 def _norm(point: _Point) -> Tensor:

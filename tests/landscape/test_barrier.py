@@ -99,6 +99,8 @@ def test_the_reference_stands_beside_it_in_words():
     plain = rs.loss_barrier(a, b, loss, points=3)
     assert math.isnan(plain.ratio)
     assert "linearly connected up to" in str(plain)
+    flat = rs.loss_barrier(a, a, loss, points=3)
+    assert str(flat).startswith("linearly connected up to 0 at 3 points; no reference")
     assert str(plain).endswith("no reference between two seeds of one optimizer")
     beside = rs.loss_barrier(a, b, loss, points=3, reference=plain)
     assert beside.ratio == pytest.approx(1) or plain.barrier == 0
@@ -129,6 +131,25 @@ def test_a_line_on_which_the_loss_is_not_a_number():
     undefined = rs.loss_barrier(a, b, lambda m: m.weight / m.weight, points=3)
     assert undefined.barrier.isnan()
     assert undefined.argmax == 0.5
+
+
+def test_a_rescaled_relu_pair_is_one_function_with_a_barrier():
+    """Why a barrier is no proof of another solution, matched or not."""
+    a = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b[0].weight *= 8
+        b[0].bias *= 8
+        b[2].weight /= 8
+    assert rs.disagreement(a(X), b(X)) == 0
+
+    def distance(model):
+        with torch.no_grad():
+            return (model(X) - a(X)).square().mean()
+
+    found = rs.loss_barrier(a, b, distance, match=True)
+    assert found.losses[-1] < 1e-12
+    assert found.barrier > 0.01
 
 
 # -- batch normalisation -----------------------------------------------------
