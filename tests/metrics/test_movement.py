@@ -95,7 +95,7 @@ def test_tensors_that_belong_together_are_one_point():
 
 
 def test_parameters_that_move_in_place_may_be_given_as_they_are():
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     kept = []
 
@@ -104,7 +104,7 @@ def test_parameters_that_move_in_place_may_be_given_as_they_are():
             point = dict(model.named_parameters())
             kept.append(torch.cat([p.detach().flatten() for p in point.values()]))
             yield point
-            model(torch.randn(8, 3)).square().sum().backward()
+            model(torch.randn(8, 3).double()).square().sum().backward()
             optimizer.step()
 
     assert readings(train()) == pytest.approx(oracles.movement(kept), rel=1e-6)
