@@ -52,7 +52,22 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     # weights
     "repscope.metrics.weights": ("hoyer_sparsity", "weight_histogram"),
-    "repscope.landscape": ("sparsity_curve",),
+    "repscope.metrics.movement": (
+        "distance_from_initialisation",
+        "movement",
+        "never_updated",
+        "wasted_movement",
+    ),
+    # landscape
+    "repscope.landscape": (
+        "hessian_top_eigenvalue",
+        "hessian_trace",
+        "loss_barrier",
+        "match_units",
+        "sparsity_curve",
+        "sparsity_within",
+    ),
+    "repscope.metrics.agreement": ("disagreement", "error_consistency"),
     # continual learning
     "repscope.metrics.continual": (
         "average_accuracy",
@@ -65,14 +80,19 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # results
     "repscope.results": (
         "Band",
+        "Barrier",
         "BetweenWithin",
         "ClassCosine",
+        "Displacement",
         "Histogram",
         "Interval",
+        "Movement",
         "PowerLaw",
         "SparsityCurve",
         "Spectrum",
         "SubspaceOverlap",
+        "TopEigenvalue",
+        "TraceEstimate",
     ),
 }
 _SUBMODULES = ("errors", "optim", "plots", "studies")

@@ -10,10 +10,17 @@ from repscope.capture import at_steps as at_steps
 from repscope.capture import every as every
 from repscope.capture import layers as layers
 from repscope.capture import log_spaced as log_spaced
+from repscope.landscape import hessian_top_eigenvalue as hessian_top_eigenvalue
+from repscope.landscape import hessian_trace as hessian_trace
+from repscope.landscape import loss_barrier as loss_barrier
+from repscope.landscape import match_units as match_units
 from repscope.landscape import sparsity_curve as sparsity_curve
+from repscope.landscape import sparsity_within as sparsity_within
 from repscope.linalg import Moments as Moments
 from repscope.linalg import covariance as covariance
 from repscope.linalg import eigvalsh as eigvalsh
+from repscope.metrics.agreement import disagreement as disagreement
+from repscope.metrics.agreement import error_consistency as error_consistency
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
@@ -24,6 +31,12 @@ from repscope.metrics.continual import average_accuracy as average_accuracy
 from repscope.metrics.continual import backward_transfer as backward_transfer
 from repscope.metrics.continual import forgetting as forgetting
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.movement import (
+    distance_from_initialisation as distance_from_initialisation,
+)
+from repscope.metrics.movement import movement as movement
+from repscope.metrics.movement import never_updated as never_updated
+from repscope.metrics.movement import wasted_movement as wasted_movement
 from repscope.metrics.similarity import MinibatchCKA as MinibatchCKA
 from repscope.metrics.similarity import between_within as between_within
 from repscope.metrics.similarity import linear_cka as linear_cka
@@ -52,14 +65,19 @@ from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
 from repscope.results import Band as Band
+from repscope.results import Barrier as Barrier
 from repscope.results import BetweenWithin as BetweenWithin
 from repscope.results import ClassCosine as ClassCosine
+from repscope.results import Displacement as Displacement
 from repscope.results import Histogram as Histogram
 from repscope.results import Interval as Interval
+from repscope.results import Movement as Movement
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum
 from repscope.results import SubspaceOverlap as SubspaceOverlap
+from repscope.results import TopEigenvalue as TopEigenvalue
+from repscope.results import TraceEstimate as TraceEstimate
 from repscope.snapshot import Snapshot as Snapshot
 from repscope.store import Run as Run
 from repscope.store import open as open

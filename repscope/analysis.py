@@ -86,7 +86,9 @@ def measure(
     size for some megabytes of activations, so memory does not grow with the steps. In
     float32 where ``effective_rank_sigma`` is not among the metrics: ranks are right to
     1e-5 then. Where a metric has no meaning (non-finite activations, a single
-    class, a run that diverged) its value is NaN and ``note`` says why.
+    class, a run that diverged) its value is NaN and ``note`` says why. Readings of
+    weights leave out those that were never updated, see `never_updated_weights`; the
+    note says how many.
 
     Args:
         runs: A store, its path, or several.
@@ -212,6 +214,37 @@ def sparsity_curves(run: Run) -> dict[str, SparsityCurve]:
     return curves
 
 
+def never_updated_weights(
+    run: Run, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """Return which weights no update reached, such as those of always dark pixels.
+
+    Those that are the same, bit for bit, in the first record and the last; and, as
+    weight decay moves weights without a gradient, those whose second moment in Adam
+    (``exp_avg_sq``) is zero at the end, where ``optimizer_state`` was recorded. A
+    tensor that never changed at all is frozen, not dark: it has no mask.
+
+    Args:
+        run: A store.
+        names: Parameters to look at; ``None`` takes all.
+
+    Returns:
+        Parameter name -> boolean mask, of the tensors with at least one such weight.
+    """
+    if "weights" not in run.targets:
+        return {}
+    first = next(run.snapshots(target="weights"))
+    masks = {}
+    for _, name in first.streams:
+        if names is not None and name not in names:
+            continue
+        start, last = first.streams["weights", name], run.read(name, target="weights")
+        mask = (start == last) | _without_moment(run, name, like=last)
+        if mask.any() and not mask.all():
+            masks[name] = mask
+    return masks
+
+
 def readings(snapshot: Snapshot, *, metrics: Iterable[str]) -> list[Row]:
     """Return metrics of the streams of one snapshot, as `measure` does of stores.
 
@@ -274,8 +307,12 @@ def _measure(runs: Sequence[Run], *, wanted: frozenset[str], layers: str) -> lis
             of_runs.extend(_run_rows(run, wanted, next(place)))
             base, known = _base(run), {layer for _, layer in run.streams}
             names = {name for name in known if fnmatch.fnmatchcase(name, layers)}
+            reading = wanted.intersection(WEIGHT_METRICS)
+            dark = never_updated_weights(run, names) if reading else {}
             for snapshot in run.snapshots(layers=names):
                 for row, X, y in _streams(_as_known(run, snapshot)):
+                    if row["target"] == "weights" and row["layer"] in dark:
+                        row, X = _updated(row, X, dark[row["layer"]])
                     yield base | row | {"place": next(place)}, X, y
 
     of_streams = _stream_rows(placed(), wanted)
@@ -301,6 +338,18 @@ def _stream_rows(streams: Iterable[_Stream], wanted: frozenset[str]) -> list[Row
             rows += _spectrum_rows(waiting, wanted)
             waiting, held = [], 0
     return rows + _spectrum_rows(waiting, wanted)
+
+
+def _without_moment(run: Run, name: str, *, like: Tensor) -> Tensor:
+    key = f"{name}:exp_avg_sq"
+    if ("optimizer_state", key) not in run.streams:
+        return torch.zeros_like(like, dtype=torch.bool)
+    return run.read(key, target="optimizer_state") == 0
+
+
+def _updated(base: Row, X: Tensor, dark: Tensor) -> tuple[Row, Tensor]:
+    text = f"{int(dark.sum())} of {dark.numel()} weights never updated, left out"
+    return _note(base, text), X[~dark]
 
 
 def _streams(snapshot: Snapshot) -> Iterator[_Stream]:

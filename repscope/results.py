@@ -6,8 +6,8 @@ same numbers as a tidy table.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -168,6 +168,9 @@ class Histogram:
         n_zero: Entries that are exactly zero.
         underflow: Non-zero entries below the first edge.
         overflow: Entries above the last edge.
+        n_excluded: Entries left out on request, in none of the counts.
+        unit: ``"absolute"``, or ``"rms"`` for magnitudes over the root mean square of
+            their tensor.
     """
 
     counts: Tensor
@@ -175,6 +178,8 @@ class Histogram:
     n_zero: int
     underflow: int
     overflow: int
+    n_excluded: int = 0
+    unit: Literal["absolute", "rms"] = "absolute"
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per bin: ``low, high, count``."""
@@ -193,12 +198,17 @@ class SparsityCurve:
             differs between layers).
         score: What ``evaluate`` returned, shape ``(n_levels,)``.
         dense_score: What it returned for the untouched model.
+        n_excluded: Weights left out on request: neither ranked nor counted.
+        layer_sparsity: Share reached in each tensor, by parameter name, each of shape
+            ``(n_levels,)``; empty where it is not known.
     """
 
     sparsity: Tensor
     threshold: Tensor
     score: Tensor
     dense_score: float
+    n_excluded: int = 0
+    layer_sparsity: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per level: ``sparsity, threshold, score``."""
@@ -209,6 +219,156 @@ class SparsityCurve:
                 "score": self.score,
             }
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Displacement:
+    """How far weights are from where they started.
+
+    Attributes:
+        names: One per tensor; ``("",)`` for a single one.
+        distance: Frobenius norm of the difference, shape ``(n_tensors,)``.
+        relative: The same over the norm at the start.
+        total: Norm of the difference of all tensors together, 0-dim.
+        total_relative: The same over the norm of all at the start, 0-dim.
+    """
+
+    names: tuple[str, ...]
+    distance: Tensor
+    relative: Tensor
+    total: Tensor
+    total_relative: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per tensor: ``name, distance, relative``."""
+        return _frame(
+            {
+                "name": list(self.names),
+                "distance": self.distance,
+                "relative": self.relative,
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """The path of weights or of a representation, and where it led.
+
+    Attributes:
+        n_steps: Steps between the points that were given.
+        path_length: Sum of the lengths of the steps, 0-dim.
+        displacement: Distance between the first and the last point, 0-dim.
+        wasted: ``path_length / displacement``, 0-dim.
+        step_cosine: Mean cosine between one step and the next, 0-dim.
+        n_still: Steps of length 0, which have no direction and enter no cosine.
+    """
+
+    n_steps: int
+    path_length: Tensor
+    displacement: Tensor
+    wasted: Tensor
+    step_cosine: Tensor
+    n_still: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        return _frame(
+            {
+                name: [float(value) if isinstance(value, Tensor) else value]
+                for name, value in vars(self).items()
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Barrier:
+    """The loss along the straight line between two models.
+
+    Attributes:
+        alphas: Places on the line, from 0 (the first model) to 1, ``(n_points,)``.
+        losses: What ``evaluate`` returned there, ``(n_points,)``.
+        barrier: Largest excess of the loss over the straight line between the two end
+            losses, 0-dim, at least 0.
+        argmax: Where it is, a value of ``alphas``.
+        matched: Whether hidden units were matched first.
+        reference: The barrier between two seeds of one optimizer, or NaN.
+    """
+
+    alphas: Tensor
+    losses: Tensor
+    barrier: Tensor
+    argmax: float
+    matched: bool = False
+    reference: float = float("nan")
+
+    @property
+    def ratio(self) -> float:
+        """The barrier over the reference; NaN without one or for 0 / 0."""
+        height = float(self.barrier)
+        if self.reference == 0 and height > 0:
+            return float("inf")
+        return height / self.reference if self.reference else float("nan")
+
+    def __str__(self) -> str:
+        beside = "no reference between two seeds of one optimizer"
+        if self.reference == self.reference:
+            beside = f"{self.reference:.3g} between two seeds of one optimizer"
+        height = float(self.barrier)
+        matched = " after matching" if self.matched else ""
+        where = f", largest at {self.argmax:.2g}" if height else ""
+        return (
+            f"linearly connected up to {height:.3g} at {len(self.alphas)} points"
+            f"{matched}{where}; {beside}"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per point: ``alpha, loss``."""
+        return _frame({"alpha": self.alphas, "loss": self.losses})
+
+
+@dataclass(frozen=True)
+class TopEigenvalue:
+    """The largest eigenvalue of a Hessian.
+
+    Attributes:
+        value: The eigenvalue.
+        residual: Norm of ``H v - value v`` for a unit vector v: some eigenvalue is no
+            farther away than that.
+        n_products: Hessian-vector products behind it.
+        converged: Whether the residual is within the tolerance.
+        preconditioned: Whether it is that of ``P^-1 H``.
+    """
+
+    value: float
+    residual: float
+    n_products: int
+    converged: bool
+    preconditioned: bool
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        return _frame({name: [value] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """The trace of a Hessian, estimated with random probes.
+
+    Attributes:
+        value: Mean over the probes.
+        stderr: Standard error of that mean.
+        n_probes: Hessian-vector products behind it.
+        preconditioned: Whether it is that of ``P^-1 H``.
+    """
+
+    value: float
+    stderr: float
+    n_probes: int
+    preconditioned: bool
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        return _frame({name: [value] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)

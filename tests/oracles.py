@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import scipy.linalg
 import scipy.spatial
+import scipy.spatial.distance
 import scipy.stats
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
@@ -187,3 +188,21 @@ def sign_flip_p(differences) -> float:
     patterns = itertools.product([-1, 1], repeat=len(d))
     means = np.array([abs(np.dot(p, d)) for p in patterns])
     return float((means >= abs(d.sum()) - 1e-9).mean())
+
+
+# -- trajectories ------------------------------------------------------------
+def movement(points) -> dict[str, float]:
+    """Read the path of points that are flat rows."""
+    points = np.stack([as_array(p).ravel() for p in points])
+    steps = np.diff(points, axis=0)
+    sizes = np.linalg.norm(steps, axis=1)
+    cosines = [
+        1 - scipy.spatial.distance.cosine(a, b) for a, b in itertools.pairwise(steps)
+    ]
+    net = np.linalg.norm(points[-1] - points[0])
+    return {
+        "path_length": sizes.sum(),
+        "displacement": net,
+        "wasted": sizes.sum() / net,
+        "step_cosine": np.mean(cosines),
+    }

@@ -14,9 +14,12 @@ from repscope.analysis import (
     accuracy_matrix,
     example_labels,
     measure,
+    never_updated_weights,
     optimizer_of,
     sparsity_curves,
 )
+from repscope.metrics.weights import WEIGHT_METRICS
+from repscope.report.figures import weight_histogram
 from repscope.snapshot import Snapshot
 
 
@@ -355,3 +358,70 @@ def test_moments_without_a_spectrum_are_nan_with_a_note(tmp_path):
     assert frame["n_samples"].tolist() == [1, 40, 0, 5]
     assert ["no spectrum" in note for note in frame["note"]] == [True] * 3 + [False]
     assert "n_features + 3, n_features" in frame["note"].tolist()[3]
+
+
+# -- weights that were never updated ------------------------------------------
+def trained(path, optimizer, *, capture=("weights",), frozen=False):
+    """Record a training on inputs of which the first two are always 0."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[2].requires_grad_(not frozen)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with rs.Recorder(model, path, every=1, capture=capture, optimizer=optimizer) as rec:
+        for _ in range(3):
+            x = torch.randn(20, 5)
+            x[:, :2] = 0
+            loss = (model(x) - x[:, 2:]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rec.step(loss=loss)
+    return model[0].weight.detach().clone()
+
+
+DARK = torch.arange(5).expand(4, 5) < 2
+
+
+def test_readings_of_weights_leave_out_what_was_never_updated(tmp_path):
+    W = trained(tmp_path / "run", torch.optim.SGD)
+    frame = measure(tmp_path / "run", metrics=["hoyer_sparsity", "weight_rms"])
+    at = {"step": 3, "layer": "0.weight"}
+    for metric in ("hoyer_sparsity", "weight_rms"):
+        expected = WEIGHT_METRICS[metric](W, exclude=DARK)
+        assert value(frame, metric=metric, **at) == pytest.approx(float(expected))
+        assert expected != WEIGHT_METRICS[metric](W)
+    noted = frame[frame["layer"] == "0.weight"]["note"]
+    assert set(noted) == {"8 of 20 weights never updated, left out"}
+    assert set(frame[frame["layer"] != "0.weight"]["note"]) == {""}
+    masks = never_updated_weights(rs.open(tmp_path / "run"))
+    assert masks.keys() == {"0.weight"}
+    assert torch.equal(masks["0.weight"], DARK)
+
+
+def test_under_weight_decay_adams_second_moment_finds_them(tmp_path):
+    trained(tmp_path / "plain", torch.optim.AdamW)
+    assert never_updated_weights(rs.open(tmp_path / "plain")) == {}
+    both = ("weights", "optimizer_state")
+    trained(tmp_path / "state", torch.optim.AdamW, capture=both)
+    run = rs.open(tmp_path / "state")
+    masks = never_updated_weights(run)
+    assert torch.equal(masks["0.weight"], DARK)
+    assert never_updated_weights(run, ["2.weight"]) == {}
+
+
+def test_a_frozen_layer_is_read_whole(tmp_path, runs):
+    trained(tmp_path / "run", torch.optim.SGD, frozen=True)
+    masks = never_updated_weights(rs.open(tmp_path / "run"))
+    assert masks.keys() == {"0.weight"}
+    assert never_updated_weights(rs.open(runs[0])) == {}
+    path = write(tmp_path / "bare", [Snapshot(0, {("outputs", "a"): features(0)})])
+    assert never_updated_weights(rs.open(path)) == {}
+
+
+def test_the_histogram_of_a_report_leaves_them_out_and_says_so(tmp_path):
+    trained(tmp_path / "sgd", torch.optim.SGD)
+    trained(tmp_path / "adam", torch.optim.AdamW)
+    runs = {name: [rs.open(tmp_path / name)] for name in ("sgd", "adam")}
+    drawn = weight_histogram(runs, None)
+    assert drawn.caption.endswith("never updated are left out: 8 (sgd).")
+    drawn = weight_histogram({"adam": runs["adam"]}, None)
+    assert drawn.caption.endswith("equal edges for all.")

@@ -49,7 +49,7 @@ def weight_histogram(
         The axes drawn on.
 
     Raises:
-        UsageError: If the edges differ.
+        UsageError: If the edges or the units differ.
 
     Example:
         >>> import torch, repscope.plots as plots
@@ -66,6 +66,12 @@ def weight_histogram(
         raise UsageError(
             "plots.weight_histogram got histograms with different edges: their bins "
             "are not comparable, make them with the same bins"
+        )
+    units = {histogram.unit for histogram in items.values()}
+    if len(units) > 1:
+        raise UsageError(
+            f"plots.weight_histogram got histograms in different units, "
+            f"{sorted(units)}; make them all with the same unit="
         )
     totals = {label: _total(histogram) for label, histogram in items.items()}
     drawable = {label: total > 0 for label, total in totals.items()}
@@ -117,7 +123,9 @@ def _magnitude_axis(ax: Axes, items: Mapping[str, Histogram], edges: Array) -> N
         width = f"{np.log10(edges[1] / edges[0]):.2g} decades"
     else:
         width = f"{edges[1] - edges[0]:.2g}"
-    ax.set_xlabel(f"weight magnitude (bins of {width})")
+    over = next(iter(items.values())).unit == "rms"
+    what = "weight magnitude / RMS of its tensor" if over else "weight magnitude"
+    ax.set_xlabel(f"{what} (bins of {width})")
 
 
 def sparsity(

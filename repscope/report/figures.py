@@ -18,6 +18,7 @@ from repscope.analysis import (
     accuracy_matrix,
     example_labels,
     measure,
+    never_updated_weights,
     optimizer_of,
     sparsity_curves,
     task_ends,
@@ -28,7 +29,7 @@ from repscope.metrics.comparison import band, mean_interval
 from repscope.metrics.continual import average_accuracy, learning_accuracy
 from repscope.metrics.spectra import spectra
 from repscope.metrics.weights import weight_histogram as histogram_of
-from repscope.results import Band, ClassCosine
+from repscope.results import Band, ClassCosine, Histogram
 from repscope.store import Run
 from repscope.studies.summary import OPTIMIZER_ORDER
 
@@ -310,13 +311,16 @@ def weight_histogram(groups: Groups, layer: str | None) -> Drawn:
     """Return weight-magnitude histograms, pooled over layers and seeds."""
     results = {}
     for name, runs in groups.items():
-        results[name] = histogram_of([w for run in runs for w in _matrices(run)])
+        pairs = [pair for run in runs for pair in _matrices(run)]
+        results[name] = histogram_of(
+            [w for w, _ in pairs], exclude=[mask for _, mask in pairs]
+        )
     fig, ax = plots.figure()
     plots.weight_histogram(results, ax=ax)
     caption = (
         "Magnitudes of all weights of matrices (biases left out) at the last record, "
         f"pooled over layers and n = {len(next(iter(groups.values())))} seeds; equal "
-        "edges for all."
+        f"edges for all.{_left_out(results)}"
     )
     return Drawn(
         "weight_histogram", "Weight magnitudes", caption, fig, _frames(results)
@@ -378,12 +382,25 @@ def _titled(name: str, cosine: ClassCosine) -> str:
     return f"{plots.display_name(name)}: {mean:.3f}"
 
 
-def _matrices(run: Run) -> list[Tensor]:
+def _matrices(run: Run) -> list[tuple[Tensor, Tensor]]:
     names = [layer for target, layer in run.streams if target == "weights"]
     if not names:
         raise UsageError(f"{run.name} has no weights; record with capture='weights'")
-    weights = [run.read(name, target="weights") for name in names]
-    return [w for w in weights if w.ndim >= 2]
+    dark = never_updated_weights(run)
+    weights = {name: run.read(name, target="weights") for name in names}
+    return [
+        (w, dark.get(name, torch.zeros_like(w, dtype=torch.bool)))
+        for name, w in weights.items()
+        if w.ndim >= 2
+    ]
+
+
+def _left_out(results: Mapping[str, Histogram]) -> str:
+    counts = {name: h.n_excluded for name, h in results.items() if h.n_excluded}
+    if not counts:
+        return ""
+    said = ", ".join(f"{count:,} ({name})" for name, count in counts.items())
+    return f" Weights that were never updated are left out: {said}."
 
 
 def _sparsity_band(runs: Sequence[Run], scope: str) -> Band:

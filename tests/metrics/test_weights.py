@@ -16,8 +16,9 @@ from repscope.metrics.weights import WEIGHT_METRICS, weight_rms
 
 
 def total(histogram) -> int:
+    """Count every weight, the excluded ones too."""
     outside = histogram.n_zero + histogram.underflow + histogram.overflow
-    return int(histogram.counts.sum()) + outside
+    return int(histogram.counts.sum()) + outside + histogram.n_excluded
 
 
 def test_histogram_is_numpys_on_fixed_edges():
@@ -103,3 +104,83 @@ def test_bad_weights_are_named(metric):
 def test_no_bins_is_refused():
     with pytest.raises(UsageError, match="bins must be at least 1, got 0"):
         rs.weight_histogram([1.0], bins=0)
+
+
+# -- common scales -----------------------------------------------------------
+def test_edges_of_another_histogram_make_linear_scales_comparable():
+    a, b = torch.randn(30), 3 * torch.randn(40)
+    first = rs.weight_histogram(b, bins=8, log=False)
+    second = rs.weight_histogram(a, edges=first.edges)
+    assert torch.equal(second.edges, first.edges)
+    counts = np.histogram(a.double().abs(), first.edges)[0]
+    assert second.counts.tolist() == counts.tolist()
+    narrow = rs.weight_histogram([0.0, 1.0, 5.0, 9.0], edges=[2.0, 5.0, 6.0])
+    assert narrow.counts.tolist() == [0, 1]
+    assert (narrow.n_zero, narrow.underflow, narrow.overflow) == (1, 1, 1)
+
+
+def test_in_units_of_rms_a_rescaled_layer_counts_the_same():
+    w1, w2 = torch.randn(20, 5), torch.randn(5, 20)
+    found = rs.weight_histogram([w1, w2], unit="rms")
+    assert found.unit == "rms"
+    moved = rs.weight_histogram([8 * w1, w2 / 8], unit="rms")
+    assert torch.equal(moved.counts, found.counts)
+    absolute = [rs.weight_histogram(w).counts for w in ([w1, w2], [8 * w1, w2 / 8])]
+    assert not torch.equal(*absolute)
+    over = [w / w.double().square().mean().sqrt() for w in (w1, w2)]
+    assert torch.equal(rs.weight_histogram(over).counts, found.counts)
+    zeros = rs.weight_histogram([torch.zeros(3), w1], unit="rms")
+    assert zeros.n_zero == 3
+    # A list of plain numbers is one tensor, whose numbers share one scale.
+    one = rs.weight_histogram([1.0, 10.0], unit="rms", edges=[0.0, 1.0, 2.0])
+    assert one.counts.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("edges", [[1.0], [2.0, 1.0], [-1.0, 1.0], [[0.0, 1.0]], []])
+def test_edges_that_are_none(edges):
+    with pytest.raises(UsageError, match="edges must be at least 2 strictly ascending"):
+        rs.weight_histogram([1.0], edges=edges)
+
+
+def test_units_are_named():
+    with pytest.raises(UsageError, match="did you mean 'rms'"):
+        rs.weight_histogram([1.0], unit="RMS")
+
+
+# -- exclusion ---------------------------------------------------------------
+def test_excluded_weights_enter_nothing_and_are_counted():
+    w = {"fc1": torch.randn(6, 4), "fc2": torch.randn(3)}
+    mask = torch.rand(6, 4) < 0.3
+    rest = torch.cat([w["fc1"][~mask], w["fc2"]])
+    found = rs.weight_histogram(w, exclude={"fc1": mask})
+    assert found.n_excluded == int(mask.sum())
+    assert total(found) == 27
+    assert torch.equal(found.counts, rs.weight_histogram(rest).counts)
+    for metric in (rs.hoyer_sparsity, weight_rms):
+        excluding = metric(w, exclude={"fc1": mask})
+        torch.testing.assert_close(excluding, metric(rest))
+        assert excluding != metric(w)
+    alone = rs.weight_histogram(w["fc1"], exclude=mask.numpy(), unit="rms")
+    kept = w["fc1"][~mask].double()
+    by_hand = rs.weight_histogram(kept / kept.square().mean().sqrt())
+    assert torch.equal(alone.counts, by_hand.counts)
+    listed = rs.hoyer_sparsity([3.0, 4.0, 0.0], exclude=[False, False, True])
+    torch.testing.assert_close(listed, rs.hoyer_sparsity([3.0, 4.0]))
+
+
+@pytest.mark.parametrize("metric", [rs.weight_histogram, *WEIGHT_METRICS.values()])
+def test_masks_that_do_not_fit_are_named(metric):
+    w = {"fc1": torch.ones(2), "fc2": torch.ones(2)}
+    yes = torch.ones(2, dtype=torch.bool)
+    with pytest.raises(
+        MetricError, match=r"exclude\['fc1'\] must be a boolean mask of"
+    ):
+        metric(w, exclude={"fc1": torch.ones(2)})
+    with pytest.raises(MetricError, match=r"of shape \(2,\), got torch.bool of shape"):
+        metric(w, exclude={"fc1": yes[:1]})
+    with pytest.raises(MetricError, match=r"one mask for each weight of w \(\['fc1"):
+        metric(w, exclude={"fc3": yes})
+    with pytest.raises(MetricError, match=r"w \(\[0, 1\]\), got a single one"):
+        metric([*w.values()], exclude=yes)
+    with pytest.raises(MetricError, match=r"all 4 weights of w are excluded"):
+        metric(w, exclude={"fc1": yes, "fc2": yes})

@@ -58,6 +58,14 @@ def test_different_edges_are_refused(ax) -> None:
         plots.weight_histogram(pair, ax=ax)
 
 
+def test_different_units_are_refused_and_a_unit_is_named(ax) -> None:
+    pair = {"sgd": histogram([1, 2]), "adam": histogram([1, 2], unit="rms")}
+    with pytest.raises(UsageError, match="different units, \\['absolute', 'rms'\\]"):
+        plots.weight_histogram(pair, ax=ax)
+    plots.weight_histogram({"adam": pair["adam"]}, ax=ax)
+    assert ax.get_xlabel().startswith("weight magnitude / RMS of its tensor")
+
+
 def test_sparsity_line_is_the_curve_up_to_the_last_weight(ax) -> None:
     plots.sparsity({"sgd": curve([0.5, 0.9, 1.0], [0.9, 0.75, 0.5])}, ax=ax)
     line, dense = ax.lines

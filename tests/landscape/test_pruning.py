@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import repscope as rs
-from repscope.errors import MetricError, NonFiniteError, UsageError
+from repscope.errors import MetricError, NonFiniteError, UnknownName, UsageError
 from repscope.landscape import DEFAULT_LEVELS, SPARSITY_METRICS, accuracy_at
+from repscope.results import SparsityCurve
 
 
 @pytest.fixture
@@ -251,3 +252,110 @@ def test_models_that_cannot_be_pruned_are_named(model):
         model[2].weight[1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match=r"parameter '2\.weight' has 1 non-finite"):
         rs.sparsity_curve(model, zeroed)
+
+
+# -- random numbers, statistics and shares ------------------------------------
+def test_an_evaluate_that_draws_costs_the_caller_no_random_number():
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 5))
+    x, before = torch.randn(20, 6), torch.get_rng_state()
+    curve = rs.sparsity_curve(model, lambda m: m(x).sum(), levels=[0.0, 1e-9])
+    assert torch.equal(torch.get_rng_state(), before)
+    # The same noise at every level, so that only the weights differ.
+    assert curve.score[0] == curve.score[1] == curve.dense_score
+
+
+def test_batch_statistics_of_the_model_stay_what_they_were():
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9)).train()
+    before = copy.deepcopy(model.state_dict())
+    rs.sparsity_curve(model, lambda m: m(torch.randn(20, 6)).sum())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "balanced"])
+def test_the_share_of_every_layer_is_told(model, scope):
+    curve, seen = collect(model, levels=[0.0, 0.6], scope=scope)
+    assert list(curve.layer_sparsity) == ["0.weight", "2.weight"]
+    for shares, at in zip(curve.layer_sparsity.values(), (0, 1), strict=True):
+        assert shares.tolist() == [(pruned[at] == 0).mean() for pruned in seen[:2]]
+
+
+def test_excluded_weights_stay_and_are_not_counted(model):
+    mask = torch.zeros(9, 6, dtype=torch.bool)
+    mask[:, :2] = True
+    kept = model[0].weight[:, :2].detach().numpy()
+    curve, seen = collect(model, levels=[0.5, 1.0], exclude={"0.weight": mask})
+    assert curve.n_excluded == 18
+    assert curve.sparsity.tolist() == [40 / 81, 1.0]
+    assert curve.layer_sparsity["0.weight"][1] == 1.0
+    first, second = weights(model)
+    expected = oracles.smallest([first[:, 2:], second], 40)
+    for pruned in seen[:2]:
+        np.testing.assert_array_equal(pruned[0][:, :2], kept)
+    np.testing.assert_array_equal(seen[0][0][:, 2:], expected[0])
+    np.testing.assert_array_equal(seen[0][1], expected[1])
+    assert not seen[1][0][:, 2:].any()
+    whole = {"2.weight": torch.ones(5, 9, dtype=torch.bool)}
+    curve, seen = collect(model, levels=[1.0], exclude=whole, scope="balanced")
+    np.testing.assert_array_equal(seen[0][1], second)
+    assert list(curve.layer_sparsity) == ["0.weight"]
+
+
+def test_masks_that_do_not_fit_the_model_are_named(model):
+    yes = torch.ones(5, 9, dtype=torch.bool)
+    with pytest.raises(UnknownName, match=r"did you mean '0.weight'"):
+        collect(model, exclude={"0.weigth": yes})
+    with pytest.raises(UnknownName, match=r"with '0.bias'"):
+        collect(model, exclude={"0.bias": torch.ones(9, dtype=torch.bool)})
+    with pytest.raises(UsageError, match=r"mask of shape \(9, 6\), got torch.bool of"):
+        collect(model, exclude={"0.weight": yes})
+    with pytest.raises(UsageError, match=r"got torch.float32 of shape \(5, 9\)"):
+        collect(model, exclude={"2.weight": torch.ones(5, 9)})
+    everything = {"0.weight": torch.ones(9, 6, dtype=torch.bool), "2.weight": yes}
+    with pytest.raises(MetricError, match="leaves no weight to set to zero"):
+        collect(model, exclude=everything)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_balanced_survives_any_scale(scale):
+    layer = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1, 5).double() * scale)
+    curve = rs.sparsity_curve(
+        layer, zeroed, levels=[0.8], by="threshold", scope="balanced"
+    )
+    assert curve.score.tolist() == [2.0]  # rms is 2.74: 1 and 2 are below 0.8 of it
+
+
+def scores(*values, dense=97.0):
+    levels = torch.arange(1, len(values) + 1) / 10
+    return SparsityCurve(levels, levels, torch.tensor(values), dense)
+
+
+@pytest.mark.parametrize(
+    ("curve", "options", "expected"),
+    [
+        (scores(97.0, 96.5, 95.0), {}, 0.2),
+        (scores(97.0, 96.0, 96.0), {}, 0.3),  # at the limit counts
+        (scores(97.0, 90.0, 97.0), {}, 0.1),  # no island beyond a dip
+        (scores(95.0, 97.0), {}, None),
+        (scores(float("nan"), 97.0), {}, None),
+        (scores(97.0, 96.5), {"tolerance": 0.0}, 0.1),
+        (scores(80.0, 80.0, dense=80.0), {}, None),  # kept all of very little
+        (scores(80.0, 79.5, dense=80.0), {"reference": 80.0}, None),  # the floor
+        (scores(80.0, 79.5, dense=80.0), {"reference": 80.0, "floor": 50.0}, 0.2),
+    ],
+)
+def test_sparsity_within_a_tolerance_of_a_common_reference(curve, options, expected):
+    options = {"tolerance": 1.0, "reference": 97.0, "floor": 90.0} | options
+    found = rs.sparsity_within(curve, **options)
+    assert found.ndim == 0
+    if expected is None:
+        assert found.isnan()
+    else:
+        assert found.item() == pytest.approx(expected)
+
+
+def test_a_negative_tolerance_is_refused():
+    with pytest.raises(UsageError, match="tolerance must be at least 0, got -1"):
+        rs.sparsity_within(scores(97.0), tolerance=-1, reference=97.0, floor=90.0)
