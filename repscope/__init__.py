@@ -41,6 +41,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     ),
     # classes
     "repscope.metrics.alignment": ("class_cosine", "class_means", "cross_class_cosine"),
+    "repscope.metrics.collapse": ("neural_collapse",),
+    "repscope.metrics.probe": ("linear_probe_accuracy",),
+    # units
+    "repscope.metrics.units": (
+        "activation_overlap",
+        "dormant_fraction",
+        "dormant_scores",
+        "population_sparseness",
+    ),
     # weights
     "repscope.metrics.weights": ("hoyer_sparsity", "weight_histogram"),
     "repscope.landscape": ("sparsity_curve",),
@@ -55,10 +64,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "repscope.metrics.comparison": ("mean_interval", "paired_difference", "verdict"),
     # results
     "repscope.results": (
+        "ActivationOverlap",
         "Band",
         "ClassCosine",
         "Histogram",
         "Interval",
+        "NeuralCollapse",
         "PowerLaw",
         "SparsityCurve",
         "Spectrum",

@@ -17,6 +17,7 @@ from repscope.linalg import eigvalsh as eigvalsh
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
+from repscope.metrics.collapse import neural_collapse as neural_collapse
 from repscope.metrics.comparison import mean_interval as mean_interval
 from repscope.metrics.comparison import paired_difference as paired_difference
 from repscope.metrics.comparison import verdict as verdict
@@ -24,6 +25,7 @@ from repscope.metrics.continual import average_accuracy as average_accuracy
 from repscope.metrics.continual import backward_transfer as backward_transfer
 from repscope.metrics.continual import forgetting as forgetting
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.probe import linear_probe_accuracy as linear_probe_accuracy
 from repscope.metrics.spectra import effective_rank as effective_rank
 from repscope.metrics.spectra import (
     explained_variance_ratio as explained_variance_ratio,
@@ -42,13 +44,19 @@ from repscope.metrics.spectra import spectra as spectra
 from repscope.metrics.spectra import spectrum as spectrum
 from repscope.metrics.spectra import stable_rank as stable_rank
 from repscope.metrics.spectra import weight_spectrum as weight_spectrum
+from repscope.metrics.units import activation_overlap as activation_overlap
+from repscope.metrics.units import dormant_fraction as dormant_fraction
+from repscope.metrics.units import dormant_scores as dormant_scores
+from repscope.metrics.units import population_sparseness as population_sparseness
 from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
+from repscope.results import ActivationOverlap as ActivationOverlap
 from repscope.results import Band as Band
 from repscope.results import ClassCosine as ClassCosine
 from repscope.results import Histogram as Histogram
 from repscope.results import Interval as Interval
+from repscope.results import NeuralCollapse as NeuralCollapse
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features, as_labels, check_choice
-from repscope.errors import MetricError, UsageError
+from repscope._checks import check_choice
+from repscope.errors import UsageError
+from repscope.linalg.classes import class_averages, class_sums, grouped, row_norms
 from repscope.results import ClassCosine
 
 Of = Literal["means", "pairs"]
@@ -35,8 +36,8 @@ def class_means(X: Any, y: Any) -> Tensor:
         >>> class_means([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]], [7, 7, 2]).tolist()
         [[0.0, 5.0], [2.0, 0.0]]
     """
-    features, members, _ = _grouped(X, y)
-    return _class_means(features, members)
+    features, members, _ = grouped(X, y)
+    return class_averages(features, members)
 
 
 def class_cosine(
@@ -74,20 +75,20 @@ def class_cosine(
             'center=True has no agreed meaning for of="pairs"; use of="means", or '
             "centre the features yourself"
         )
-    features, members, classes = _grouped(X, y)
-    means = _class_means(features, members)
+    features, members, classes = grouped(X, y)
+    means = class_averages(features, members)
     offset = means.mean(0)
     vectors = means - offset if center else means
     if of == "pairs":
         matrix, n_excluded = _pair_cosines(features, members)
     else:
         # A mean that is rounding beside what it was summed from has no direction.
-        terms = _norms(means).amax() if center else _mean_norms(features, members)
+        terms = row_norms(means).amax() if center else _mean_norms(features, members)
         matrix, n_excluded = _mean_cosines(vectors, noise=8 * _EPS * terms)
     return ClassCosine(
         matrix=matrix,
         classes=classes,
-        norms=_norms(vectors),
+        norms=row_norms(vectors),
         mean_share=_mean_share(means, offset),
         n_excluded=n_excluded,
     )
@@ -138,47 +139,19 @@ def mean_share(X: Any, y: Any) -> Tensor:
         >>> mean_share([[1.0, 0.0], [0.0, 1.0]], [0, 1]).item()
         0.5
     """
-    features, members, _ = _grouped(X, y)
-    means = _class_means(features, members)
+    features, members, _ = grouped(X, y)
+    means = class_averages(features, members)
     return _mean_share(means, means.mean(0))
 
 
 # -- helpers -----------------------------------------------------------------
-def _grouped(X: Any, y: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features = as_features(X)
-    if features.ndim != 2:
-        raise MetricError(
-            f"X must have shape (n_samples, n_features), got {tuple(features.shape)}"
-        )
-    labels = as_labels(y, n_samples=len(features), device=features.device)
-    classes, members = torch.unique(labels, return_inverse=True)
-    return features.to(torch.float64), members, classes
-
-
-def _class_sums(V: Tensor, members: Tensor) -> Tensor:
-    n_classes = int(members.max()) + 1
-    return V.new_zeros(n_classes, *V.shape[1:]).index_add(0, members, V)
-
-
-def _class_means(V: Tensor, members: Tensor) -> Tensor:
-    counts = members.bincount().view(-1, *[1] * (V.ndim - 1))
-    return _class_sums(V, members) / counts
-
-
 def _mean_norms(V: Tensor, members: Tensor) -> Tensor:
-    return _class_means(_norms(V), members)
-
-
-def _norms(V: Tensor) -> Tensor:
-    """Return row norms whose squares can neither overflow nor underflow."""
-    top = V.abs().amax(-1, keepdim=True)
-    scaled = torch.where(top > 0, V / top, 0.0)
-    return top[..., 0] * scaled.square().sum(-1).sqrt()
+    return class_averages(row_norms(V), members)
 
 
 def _directions(V: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit vectors, zero where there is no direction, and where there is one."""
-    norms = _norms(V)
+    norms = row_norms(V)
     alive = norms > noise
     return torch.where(alive[:, None], V / norms[:, None], 0.0), alive
 
@@ -193,8 +166,8 @@ def _mean_cosines(vectors: Tensor, *, noise: Tensor) -> tuple[Tensor, int]:
 def _pair_cosines(X: Tensor, members: Tensor) -> tuple[Tensor, int]:
     """Return mean cosines over sample pairs from sums of unit vectors: O(n d)."""
     unit, alive = _directions(X, noise=X.new_zeros(()))
-    sums = _class_sums(unit, members)
-    n = _class_sums(alive.to(torch.float64), members)
+    sums = class_sums(unit, members)
+    n = class_sums(alive.to(torch.float64), members)
     same = torch.diag(n)
     # Each unit vector meets itself once in the sums: a cosine of 1 to take out.
     total, pairs = sums @ sums.mT - same, torch.outer(n, n) - same
