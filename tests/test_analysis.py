@@ -138,14 +138,14 @@ def test_collapse_and_units_are_read_of_labelled_outputs(runs):
 
 def test_a_probe_is_fitted_where_it_is_asked_for(runs):
     frame = measure(runs[0], metrics="linear_probe_accuracy", layers="hidden*")
-    expected = rs.linear_probe_accuracy(features(55), LABELS)
+    expected = rs.linear_probe_accuracy(features(55, d=3), LABELS)
     assert value(frame, step=5, layer="hidden2") == float(expected)
     with pytest.raises(errors.UnknownName, match="did you mean 'linear_probe_acc"):
         measure(runs[0], metrics="linear_probe")
 
 
 def test_readings_of_classes_and_units_say_why_they_are_nan(tmp_path):
-    silent = features(1)
+    silent = features(1) + 0.1
     silent[:3] = 0
     streams = {
         "dead": torch.zeros(40, 3),
