@@ -14,7 +14,10 @@ from torch import Tensor
 
 from repscope._checks import check_choice
 from repscope.errors import UsageError
-from repscope.linalg.classes import class_averages, class_sums, grouped, row_norms
+from repscope.linalg.classes import class_averages as _class_means
+from repscope.linalg.classes import class_sums as _class_sums
+from repscope.linalg.classes import grouped as _grouped
+from repscope.linalg.classes import row_norms as _norms
 from repscope.results import ClassCosine
 
 Of = Literal["means", "pairs"]
@@ -36,8 +39,8 @@ def class_means(X: Any, y: Any) -> Tensor:
         >>> class_means([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]], [7, 7, 2]).tolist()
         [[0.0, 5.0], [2.0, 0.0]]
     """
-    features, members, _ = grouped(X, y)
-    return class_averages(features, members)
+    features, members, _ = _grouped(X, y)
+    return _class_means(features, members)
 
 
 def class_cosine(
@@ -75,20 +78,20 @@ def class_cosine(
             'center=True has no agreed meaning for of="pairs"; use of="means", or '
             "centre the features yourself"
         )
-    features, members, classes = grouped(X, y)
-    means = class_averages(features, members)
+    features, members, classes = _grouped(X, y)
+    means = _class_means(features, members)
     offset = means.mean(0)
     vectors = means - offset if center else means
     if of == "pairs":
         matrix, n_excluded = _pair_cosines(features, members)
     else:
         # A mean that is rounding beside what it was summed from has no direction.
-        terms = row_norms(means).amax() if center else _mean_norms(features, members)
+        terms = _norms(means).amax() if center else _mean_norms(features, members)
         matrix, n_excluded = _mean_cosines(vectors, noise=8 * _EPS * terms)
     return ClassCosine(
         matrix=matrix,
         classes=classes,
-        norms=row_norms(vectors),
+        norms=_norms(vectors),
         mean_share=_mean_share(means, offset),
         n_excluded=n_excluded,
     )
@@ -139,19 +142,19 @@ def mean_share(X: Any, y: Any) -> Tensor:
         >>> mean_share([[1.0, 0.0], [0.0, 1.0]], [0, 1]).item()
         0.5
     """
-    features, members, _ = grouped(X, y)
-    means = class_averages(features, members)
+    features, members, _ = _grouped(X, y)
+    means = _class_means(features, members)
     return _mean_share(means, means.mean(0))
 
 
 # -- helpers -----------------------------------------------------------------
 def _mean_norms(V: Tensor, members: Tensor) -> Tensor:
-    return class_averages(row_norms(V), members)
+    return _class_means(_norms(V), members)
 
 
 def _directions(V: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit vectors, zero where there is no direction, and where there is one."""
-    norms = row_norms(V)
+    norms = _norms(V)
     alive = norms > noise
     return torch.where(alive[:, None], V / norms[:, None], 0.0), alive
 
@@ -166,8 +169,8 @@ def _mean_cosines(vectors: Tensor, *, noise: Tensor) -> tuple[Tensor, int]:
 def _pair_cosines(X: Tensor, members: Tensor) -> tuple[Tensor, int]:
     """Return mean cosines over sample pairs from sums of unit vectors: O(n d)."""
     unit, alive = _directions(X, noise=X.new_zeros(()))
-    sums = class_sums(unit, members)
-    n = class_sums(alive.to(torch.float64), members)
+    sums = _class_sums(unit, members)
+    n = _class_sums(alive.to(torch.float64), members)
     same = torch.diag(n)
     # Each unit vector meets itself once in the sums: a cosine of 1 to take out.
     total, pairs = sums @ sums.mT - same, torch.outer(n, n) - same
