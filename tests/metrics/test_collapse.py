@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 import repscope as rs
@@ -68,6 +70,15 @@ def test_the_bias_decides():
         )
         assert numbers(found) == pytest.approx(expected, rel=1e-9)
     assert found.accuracy.item() == (y == 2).double().mean().item()
+
+
+def test_a_regression_against_the_nearest_centroid_of_sklearn():
+    X, y = blobs(5, 8)
+    reader = LogisticRegression(max_iter=1000).fit(X, y)
+    nearest = NearestCentroid().fit(X, y).predict(X)
+    found = rs.neural_collapse(X, y, classifier=(reader.coef_, reader.intercept_))
+    assert found.nc4.item() == np.mean(reader.predict(X) != nearest) > 0
+    assert found.accuracy.item() == reader.score(X, y)
 
 
 # -- closed forms --------------------------------------------------------------
