@@ -63,7 +63,7 @@ STREAM_METRICS = (
     *WEIGHT_METRICS,
 )
 METRICS = (*STREAM_METRICS, *CONTINUAL_METRICS, *SPARSITY_METRICS)
-# Fitted, not read: a second or more each, so only where they are asked for by name.
+# Fitted, not read: up to a second a record, so only where asked for by name.
 ON_REQUEST = tuple(PROBE_METRICS)
 _LABELLED = {**ALIGNMENT_METRICS, **OVERLAP_METRICS, **PROBE_METRICS}
 
@@ -391,7 +391,7 @@ def _row(base: Row, metric: str, compute: Callable[[], Tensor]) -> Row:
 def _unit_rows(wanted: frozenset[str], base: Row, X: Tensor) -> list[Row]:
     if not wanted.intersection(UNIT_METRICS):
         return []
-    silent = int((X == 0).all(-1).sum())
+    silent = int((~X.any(-1)).sum())
     if silent:
         base = _note(base, f"no active unit in {silent} of {len(X)} samples")
     return _apply(UNIT_METRICS, wanted, base, X)

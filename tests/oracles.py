@@ -129,8 +129,9 @@ def neural_collapse(X, y, weight=None, bias=None) -> dict[str, float]:
     }
     if weight is not None:
         W, b = as_array(weight), as_array(bias)
+        used = W[classes]
         found["nc3"] = np.linalg.norm(
-            W[classes] / np.linalg.norm(W) - M / np.linalg.norm(M)
+            used / np.linalg.norm(used) - M / np.linalg.norm(M)
         )
         nearest = classes[scipy.spatial.distance.cdist(X, mu).argmin(1)]
         decided = np.array([(W @ x + b).argmax() for x in X])

@@ -136,6 +136,13 @@ def test_collapse_and_units_are_read_of_labelled_outputs(runs):
     assert not set(frame["metric"]) & {"linear_probe_accuracy", "nc3", "nc4"}
 
 
+def test_units_are_read_of_outputs_only(tmp_path):
+    streams = {(target, "h"): features(1) for target in ("inputs", "outputs")}
+    frame = measure(write(tmp_path / "run", [Snapshot(0, streams, LABELS)]))
+    rows = frame[frame["metric"].isin(["dormant_fraction", "nc1"])]
+    assert rows["target"].tolist() == ["outputs", "outputs"]
+
+
 def test_a_probe_is_fitted_where_it_is_asked_for(runs):
     frame = measure(runs[0], metrics="linear_probe_accuracy", layers="hidden*")
     expected = rs.linear_probe_accuracy(features(55, d=3), LABELS)

@@ -106,21 +106,20 @@ def neural_collapse(
     features, members, classes = grouped(raw, y)
     eps = torch.finfo(raw.dtype).eps if raw.is_floating_point() else _EPS
     scaled, exponent = rescaled(features)
-    found = _clusters(scaled, members, resolution=max(eps, len(features) * _EPS))
-    notes = _notes_on(found, classes)
 
     unknown = features.new_tensor(torch.nan)
     nc3, nc4, accuracy = unknown, unknown, unknown
+    decided, weight, notes = members, None, []
     if classifier is not None:
         weight, bias = _parts(classifier, n_features=features.shape[1])
         weight = weight.to(features.device, torch.float64)
-        notes += _check_outputs(classes, n_outputs=len(weight))
+        notes = _notes_on_outputs(classes, n_outputs=len(weight))
         decided = _decisions(scaled, weight, bias, exponent)
         accuracy = (decided == classes[members]).to(torch.float64).mean()
-        if found.differ:
-            nc3 = _self_duality(found.centred, weight[classes])
-            nearest = classes[_nearest(found)]
-            nc4 = (decided != nearest).to(torch.float64).mean()
+    found = _clusters(scaled, members, resolution=max(eps, len(features) * _EPS))
+    if weight is not None and found.differ:
+        nc3 = _self_duality(found.centred, weight[classes])
+        nc4 = (decided != classes[_nearest(found)]).to(torch.float64).mean()
     if train_accuracy is None and inputs == "train":
         train_accuracy = accuracy.item()
     equinorm, equiangular = _simplex(found)
@@ -132,7 +131,13 @@ def neural_collapse(
         nc3=nc3,
         nc4=nc4,
         accuracy=accuracy,
-        note="; ".join(_notes_on_phase(inputs, train_accuracy) + notes),
+        note="; ".join(
+            [
+                *_notes_on_phase(inputs, train_accuracy),
+                *_notes_on_classes(found, classes),
+                *notes,
+            ]
+        ),
     )
 
 
@@ -194,6 +199,7 @@ class _Clusters:
 
 
 def _clusters(X: Tensor, members: Tensor, *, resolution: float) -> _Clusters:
+    """Return means and deviations; the deviations take the place of ``X``."""
     noise = X.shape[1] * (resolution * largest(X)).square()
     counts = members.bincount()
     # From a sample of its class, a class of equal samples deviates by exactly 0,
@@ -201,10 +207,11 @@ def _clusters(X: Tensor, members: Tensor, *, resolution: float) -> _Clusters:
     order = torch.arange(len(X), device=X.device)
     first = torch.full_like(counts, len(X)).scatter_reduce(0, members, order, "amin")
     origins = X[first]
-    rows = X - origins[members]
+    rows = X.sub_(origins[members])
     shifts = class_averages(rows, members)
-    deviations = rows - shifts[members]
-    variances = class_averages(deviations.square().sum(-1), members)
+    deviations = rows.sub_(shifts[members])
+    lengths = torch.linalg.vector_norm(deviations, dim=-1)
+    variances = class_averages(lengths.square(), members)
     variances = torch.where(variances > noise, variances, 0.0)
     means = origins - origins[0] + shifts
     return _Clusters(
@@ -257,7 +264,6 @@ def _simplex(found: _Clusters) -> tuple[Tensor, Tensor]:
 
 # -- the classifier ------------------------------------------------------------
 def _parts(classifier: Any, *, n_features: int) -> tuple[Tensor, Tensor | None]:
-    # The weight and the bias, checked.
     if isinstance(classifier, nn.Linear):
         classifier = (classifier.weight, classifier.bias)
     if not isinstance(classifier, tuple | list) or len(classifier) != 2:
@@ -284,8 +290,7 @@ def _parts(classifier: Any, *, n_features: int) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _check_outputs(classes: Tensor, *, n_outputs: int) -> list[str]:
-    # A note on outputs without samples.
+def _notes_on_outputs(classes: Tensor, *, n_outputs: int) -> list[str]:
     low, high = int(classes[0]), int(classes[-1])
     if low < 0 or high >= n_outputs:
         raise LabelError(
@@ -338,7 +343,7 @@ def _notes_on_phase(inputs: str, train_accuracy: float | None) -> list[str]:
     return notes
 
 
-def _notes_on(found: _Clusters, classes: Tensor) -> list[str]:
+def _notes_on_classes(found: _Clusters, classes: Tensor) -> list[str]:
     C, d = found.centred.shape
     if C < 2:
         return [f"a single class ({_listed(classes.tolist())})"]

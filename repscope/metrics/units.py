@@ -41,7 +41,7 @@ def dormant_scores(X: Any) -> Tensor:
         [1.5, 0.0, 1.5]
     """
     scaled, _ = rescaled(as_features(X))
-    magnitudes = scaled.abs().mean(-2)
+    magnitudes = scaled.abs_().mean(-2)
     average = magnitudes.mean(-1, keepdim=True)
     return torch.where(average > 0, magnitudes / average, 0.0)
 
@@ -109,7 +109,8 @@ def population_sparseness(X: Any) -> Tensor:
     rates = rates.to(torch.float64)
     # Each sample by itself: a faint one must not underflow beside a strong one.
     rates = rates / rates.amax(-1, keepdim=True)
-    ratio = rates.mean(-1).square() / rates.square().mean(-1)
+    means = rates.mean(-1)
+    ratio = means.square() / rates.square_().mean(-1)
     return (1 - ratio).clamp(min=0).nanmean(-1)
 
 

@@ -131,6 +131,19 @@ def test_variance_where_no_class_means_lie_does_not_count():
     assert found.cdnv > 2 * narrow.cdnv
 
 
+def test_means_on_a_line_have_one_direction():
+    means = torch.tensor([[0.1, 0.2, 0.3]]) * torch.tensor([[1.0], [2.0], [4.0]])
+    e = torch.tensor([[0.3, -0.7, 0.2], [-0.3, 0.7, -0.2]])
+    X = (means[:, None] + e).double().flatten(0, 1)
+    y = torch.arange(3).repeat_interleave(2)
+    found = rs.neural_collapse(X, y)
+    u = torch.tensor([1.0, 2.0, 3.0]) / 10
+    along = (e[0] @ u).square() / u.dot(u)
+    between = u.dot(u) * np.square([-4 / 3, -1 / 3, 5 / 3]).sum()
+    assert found.nc1.item() == pytest.approx((along / between).item(), rel=1e-5)
+    assert found.note == "class means span 1 directions only"
+
+
 def test_opposite_weights_are_farthest():
     X, y, means = collapsed(4)
     found = rs.neural_collapse(X, y, classifier=(means.mean(0) - means, None))
@@ -249,22 +262,28 @@ def test_nothing_but_single_samples_has_no_within_class_variance():
 def test_empty_classes_are_listed_and_not_renumbered():
     X, y = blobs(3, 6)
     gaps = 2 * y + 1  # of 8 outputs, only 1, 3 and 5 have samples
-    weight = torch.randn(8, 6)
+    weight = 0.2 * torch.randn(8, 6)
+    means = rs.class_means(X, y)
+    weight[[1, 3, 5]] += means - means.mean(0)
     found = rs.neural_collapse(X, gaps, classifier=(weight, None))
     assert "no samples of classes 0, 2, 4, 6, 7: left out" in found.note
     part = rs.neural_collapse(X, y, classifier=(weight[[1, 3, 5]], None))
     assert found.nc3.item() == pytest.approx(part.nc3.item())
     assert numbers(found, FEATURES) == numbers(part, FEATURES)
-    assert found.accuracy <= part.accuracy  # more outputs to confuse
+    expected = oracles.neural_collapse(X, gaps, weight, torch.zeros(8))
+    assert numbers(found) == pytest.approx(expected)
+    assert 0 < found.accuracy < 1
+    assert 0 < found.nc4 < 1
     many = rs.neural_collapse(X, y, classifier=(torch.randn(50, 6), None))
     assert "no samples of classes 3, 4, 5, 6, 7, ... (47)" in many.note
 
 
-def test_no_between_class_variance_is_infinite():
-    rows = torch.randn(10, 4, dtype=torch.float64) + 0.1
-    y = torch.arange(2).repeat_interleave(10)
+@pytest.mark.parametrize("n", [10, 50_000])
+def test_no_between_class_variance_is_infinite(n):
+    rows = torch.rand(n, 4, dtype=torch.float64) + 0.1
+    y = torch.arange(2).repeat_interleave(n)
     # The same samples in another order: means that differ by rounding alone.
-    X = torch.cat([rows, rows[torch.randperm(10)]])
+    X = torch.cat([rows, rows.flip(0)])
     found = rs.neural_collapse(X, y, classifier=nn.Linear(4, 2))
     assert found.nc1.isinf()
     assert found.cdnv.isinf()

@@ -183,7 +183,7 @@ def test_laws(seed, n, d, factor):
     assert not (gaps[:, None] > sums + 1e-9).any()
 
 
-@pytest.mark.parametrize("scale", [1e20, 1e-25, 1e300, 1e-300])
+@pytest.mark.parametrize("scale", [1e20, 1e-25, 2e307, 1e-300])
 def test_no_scale_overflows(X, scale):
     X = X.double()
     for metric in UNIT_METRICS.values():
