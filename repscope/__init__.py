@@ -50,6 +50,16 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "procrustes_distance",
         "subspace_overlap",
     ),
+    # collapse
+    "repscope.metrics.collapse": ("neural_collapse",),
+    "repscope.metrics.probe": ("linear_probe_accuracy",),
+    # units
+    "repscope.metrics.units": (
+        "activation_overlap",
+        "dormant_fraction",
+        "dormant_scores",
+        "population_sparseness",
+    ),
     # weights
     "repscope.metrics.weights": ("hoyer_sparsity", "weight_histogram"),
     "repscope.metrics.movement": (
@@ -79,6 +89,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "repscope.metrics.comparison": ("mean_interval", "paired_difference", "verdict"),
     # results
     "repscope.results": (
+        "ActivationOverlap",
         "Band",
         "Barrier",
         "BetweenWithin",
@@ -87,6 +98,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Histogram",
         "Interval",
         "Movement",
+        "NeuralCollapse",
         "PowerLaw",
         "SparsityCurve",
         "Spectrum",

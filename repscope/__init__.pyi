@@ -24,6 +24,7 @@ from repscope.metrics.agreement import error_consistency as error_consistency
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
+from repscope.metrics.collapse import neural_collapse as neural_collapse
 from repscope.metrics.comparison import mean_interval as mean_interval
 from repscope.metrics.comparison import paired_difference as paired_difference
 from repscope.metrics.comparison import verdict as verdict
@@ -37,6 +38,7 @@ from repscope.metrics.movement import (
 from repscope.metrics.movement import movement as movement
 from repscope.metrics.movement import never_updated as never_updated
 from repscope.metrics.movement import wasted_movement as wasted_movement
+from repscope.metrics.probe import linear_probe_accuracy as linear_probe_accuracy
 from repscope.metrics.similarity import MinibatchCKA as MinibatchCKA
 from repscope.metrics.similarity import between_within as between_within
 from repscope.metrics.similarity import linear_cka as linear_cka
@@ -61,9 +63,14 @@ from repscope.metrics.spectra import spectra as spectra
 from repscope.metrics.spectra import spectrum as spectrum
 from repscope.metrics.spectra import stable_rank as stable_rank
 from repscope.metrics.spectra import weight_spectrum as weight_spectrum
+from repscope.metrics.units import activation_overlap as activation_overlap
+from repscope.metrics.units import dormant_fraction as dormant_fraction
+from repscope.metrics.units import dormant_scores as dormant_scores
+from repscope.metrics.units import population_sparseness as population_sparseness
 from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
+from repscope.results import ActivationOverlap as ActivationOverlap
 from repscope.results import Band as Band
 from repscope.results import Barrier as Barrier
 from repscope.results import BetweenWithin as BetweenWithin
@@ -72,6 +79,7 @@ from repscope.results import Displacement as Displacement
 from repscope.results import Histogram as Histogram
 from repscope.results import Interval as Interval
 from repscope.results import Movement as Movement
+from repscope.results import NeuralCollapse as NeuralCollapse
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum

@@ -28,8 +28,11 @@ from repscope.errors import (
 from repscope.landscape import SPARSITY_METRICS
 from repscope.linalg import Moments
 from repscope.metrics.alignment import ALIGNMENT_METRICS
+from repscope.metrics.collapse import COLLAPSE_METRICS, neural_collapse
 from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.probe import PROBE_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS, invariants, spectra
+from repscope.metrics.units import OVERLAP_METRICS, UNIT_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
 from repscope.snapshot import EXAMPLES, Snapshot
@@ -51,8 +54,18 @@ COLUMNS = (
     "n_samples",
     "note",
 )
-STREAM_METRICS = (*SPECTRUM_METRICS, *ALIGNMENT_METRICS, *WEIGHT_METRICS)
+STREAM_METRICS = (
+    *SPECTRUM_METRICS,
+    *ALIGNMENT_METRICS,
+    *COLLAPSE_METRICS,
+    *UNIT_METRICS,
+    *OVERLAP_METRICS,
+    *WEIGHT_METRICS,
+)
 METRICS = (*STREAM_METRICS, *CONTINUAL_METRICS, *SPARSITY_METRICS)
+# Fitted, not read: up to a second a record, so only where asked for by name.
+ON_REQUEST = tuple(PROBE_METRICS)
+_LABELLED = {**ALIGNMENT_METRICS, **OVERLAP_METRICS, **PROBE_METRICS}
 
 # Tensors in the shape of parameters: what is read of weights can be read of them.
 _OF_PARAMETERS = ("weights", "weight_gradients", "updates")
@@ -92,7 +105,8 @@ def measure(
 
     Args:
         runs: A store, its path, or several.
-        metrics: Names to compute; ``None`` takes all that the stores have data for.
+        metrics: Names to compute; ``None`` takes all that the stores have data for,
+            except ``linear_probe_accuracy``, which is fitted and slow.
         layers: Glob over the recorded layer and parameter names.
         jobs: Worker processes over runs.
 
@@ -273,7 +287,7 @@ def example_labels(run: Run, snapshot: Snapshot, layer: str) -> Tensor | None:
 
 
 def check_metrics(
-    metrics: str | Iterable[str], known: Sequence[str] = METRICS
+    metrics: str | Iterable[str], known: Sequence[str] = (*METRICS, *ON_REQUEST)
 ) -> tuple[str, ...]:
     """Return metric names, all of them known.
 
@@ -332,8 +346,11 @@ def _stream_rows(streams: Iterable[_Stream], wanted: frozenset[str]) -> list[Row
         if wanted.intersection(SPECTRUM_METRICS):
             waiting.append(_with_spectrum(base, X))
             held += X.nbytes
+        if base["target"] == "outputs":
+            rows += _unit_rows(wanted, base, X)
         if y is not None:
-            rows += _apply(ALIGNMENT_METRICS, wanted, base, X, y)
+            rows += _apply(_LABELLED, wanted, base, X, y)
+            rows += _collapse_rows(wanted, base, X, y)
         if held > _BATCH_BYTES:
             rows += _spectrum_rows(waiting, wanted)
             waiting, held = [], 0
@@ -418,6 +435,30 @@ def _row(base: Row, metric: str, compute: Callable[[], Tensor]) -> Row:
         return base | {"metric": metric, "value": float(compute())}
     except MetricError as error:
         return _note(base, str(error)) | {"metric": metric, "value": math.nan}
+
+
+def _unit_rows(wanted: frozenset[str], base: Row, X: Tensor) -> list[Row]:
+    if not wanted.intersection(UNIT_METRICS):
+        return []
+    silent = int((~X.any(-1)).sum())
+    if silent:
+        base = _note(base, f"no active unit in {silent} of {len(X)} samples")
+    return _apply(UNIT_METRICS, wanted, base, X)
+
+
+def _collapse_rows(
+    wanted: frozenset[str], base: Row, X: Tensor, y: Tensor
+) -> list[Row]:
+    """Return the readings of neural collapse, whose classes are looked at once."""
+    names = [name for name in COLLAPSE_METRICS if name in wanted]
+    if not names:
+        return []
+    try:
+        found = neural_collapse(X, y)
+    except MetricError as error:
+        base = _note(base, str(error)) | {"value": math.nan}
+        return [base | {"metric": name} for name in names]
+    return _apply(COLLAPSE_METRICS, wanted, _note(base, found.note), found)
 
 
 def _n_samples(target: str, X: Tensor) -> int:

@@ -101,6 +101,69 @@ class ClassCosine:
 
 
 @dataclass(frozen=True, eq=False)
+class NeuralCollapse:
+    """How far features and classifier are from the collapsed simplex; 0 is collapsed.
+
+    Attributes:
+        nc1: Within-class over between-class covariance, 0-dim, >= 0 or infinite.
+        cdnv: Class-distance normalised variance, 0-dim, >= 0 or infinite.
+        nc2_equinorm: Coefficient of variation of the norms of the centred class
+            means, 0-dim, >= 0.
+        nc2_equiangular: Mean distance of their cosines from ``-1/(C-1)``, 0-dim.
+        nc3: Distance between the normalised classifier and centred class means,
+            0-dim, in [0, 2]; NaN without a classifier.
+        nc4: Share of samples for which the classifier and the nearest class centre
+            disagree, 0-dim, in [0, 1]; NaN without a classifier.
+        accuracy: Share of these samples that the classifier gets right, 0-dim; NaN
+            without a classifier.
+        note: What limits these numbers or makes them NaN, or ``""``.
+    """
+
+    nc1: Tensor
+    cdnv: Tensor
+    nc2_equinorm: Tensor
+    nc2_equiangular: Tensor
+    nc3: Tensor
+    nc4: Tensor
+    accuracy: Tensor
+    note: str = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row with all fields."""
+        numbers = {k: [float(v)] for k, v in vars(self).items() if k != "note"}
+        return _frame({**numbers, "note": [self.note]})
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationOverlap:
+    """How much the units that classes (or tasks) use are the same units.
+
+    Attributes:
+        matrix: Shape ``(n_classes, n_classes)``, in [0, 1]; NaN where a class is
+            excluded.
+        classes: The labels, ascending, shape ``(n_classes,)``.
+        mean: Mean over pairs of different classes, 0-dim.
+        n_excluded: Classes left out, because no unit is ever active for them.
+    """
+
+    matrix: Tensor
+    classes: Tensor
+    mean: Tensor
+    n_excluded: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per ordered pair: ``class_a, class_b, overlap``."""
+        labels = self.classes.tolist()
+        return _frame(
+            {
+                "class_a": [a for a in labels for _ in labels],
+                "class_b": [b for _ in labels for b in labels],
+                "overlap": self.matrix.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class SubspaceOverlap:
     """How much of one subspace lies in another, beside chance.
 

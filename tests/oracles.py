@@ -156,6 +156,68 @@ def principal_angles(X, Y, k, *, space="samples") -> np.ndarray:
     return np.sort(scipy.linalg.subspace_angles(*found))
 
 
+def neural_collapse(X, y, weight=None, bias=None) -> dict[str, float]:
+    """Papyan et al. (2020), section "neural collapse", with full covariances."""
+    X, y = as_array(X), np.asarray(y)
+    classes = np.unique(y)
+    C = len(classes)
+    mu = np.stack([X[y == label].mean(0) for label in classes])
+    M = mu - mu.mean(0)
+    H = X - mu[np.searchsorted(classes, y)]
+    within, between = H.T @ H / len(X), M.T @ M / C
+    # scipy's own cut-off is relative to the largest eigenvalue, too.
+    inverse = scipy.linalg.pinvh(between, rtol=max(M.shape) * np.finfo(float).eps)
+    pairs = list(itertools.combinations(range(C), 2))
+    v = [np.square(H[y == label]).sum() / (y == label).sum() for label in classes]
+    cosines = cosine_similarity(M)
+    found = {
+        "nc1": np.trace(within @ inverse) / C,
+        "cdnv": np.mean(
+            [
+                (v[a] + v[b]) / 2 / scipy.spatial.distance.sqeuclidean(mu[a], mu[b])
+                for a, b in pairs
+            ]
+        ),
+        "nc2_equinorm": scipy.stats.variation(np.linalg.norm(M, axis=1)),
+        "nc2_equiangular": np.mean([abs(cosines[p] + 1 / (C - 1)) for p in pairs]),
+    }
+    if weight is not None:
+        W, b = as_array(weight), as_array(bias)
+        used = W[classes]
+        found["nc3"] = np.linalg.norm(
+            used / np.linalg.norm(used) - M / np.linalg.norm(M)
+        )
+        nearest = classes[scipy.spatial.distance.cdist(X, mu).argmin(1)]
+        decided = np.array([(W @ x + b).argmax() for x in X])
+        found["nc4"] = np.mean(nearest != decided)
+        found["accuracy"] = np.mean(decided == y)
+    return {name: float(value) for name, value in found.items()}
+
+
+# -- units -------------------------------------------------------------------
+def sokar_scores(X) -> list[float]:
+    X = as_array(X)
+    means = [math.fsum(abs(column)) / len(column) for column in X.T]
+    return [m * len(means) / math.fsum(means) for m in means]
+
+
+def treves_rolls(X) -> float:
+    """Return 1 - a with their a, sample by sample."""
+    rows = [
+        1 - (math.fsum(row) / len(row)) ** 2 / (math.fsum(row**2) / len(row))
+        for row in as_array(X)
+        if row.any()
+    ]
+    return math.fsum(rows) / len(rows)
+
+
+def overlap(X, y) -> np.ndarray:
+    X, y = as_array(X), np.asarray(y)
+    profiles = [X[y == label].mean(0) for label in np.unique(y)]
+    profiles = [p / p.mean() for p in profiles]
+    return np.array([[np.minimum(p, q).mean() for q in profiles] for p in profiles])
+
+
 # -- weights -----------------------------------------------------------------
 def hoyer(w) -> float:
     w = as_array(w).ravel()

@@ -18,6 +18,7 @@ from repscope.analysis import (
     optimizer_of,
     sparsity_curves,
 )
+from repscope.metrics.spectra import SPECTRUM_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.report.figures import weight_histogram
 from repscope.snapshot import Snapshot
@@ -118,6 +119,77 @@ def test_metrics_and_layers_can_be_chosen(runs):
     assert set(frame["layer"]) == {"hidden1", "hidden2"}
     frame = measure(rs.open(runs[0]), metrics=["class_cosine"], layers="hidden1")
     assert len(frame) == 2
+
+
+def test_collapse_and_units_are_read_of_labelled_outputs(runs):
+    frame = measure(runs[1])
+    X = features(15)
+    at = {"step": 5, "layer": "hidden1"}
+    collapse = rs.neural_collapse(X, LABELS)
+    for metric, expected in {
+        "nc1": collapse.nc1,
+        "cdnv": collapse.cdnv,
+        "nc2_equinorm": collapse.nc2_equinorm,
+        "nc2_equiangular": collapse.nc2_equiangular,
+        "dormant_fraction": rs.dormant_fraction(X),
+        "population_sparseness": rs.population_sparseness(X),
+        "activation_overlap": rs.activation_overlap(X, LABELS).mean,
+    }.items():
+        assert value(frame, metric=metric, **at) == float(expected)
+    assert not set(frame["metric"]) & {"linear_probe_accuracy", "nc3", "nc4"}
+
+
+def test_units_are_read_of_outputs_only(tmp_path):
+    streams = {(target, "h"): features(1) for target in ("inputs", "outputs")}
+    frame = measure(write(tmp_path / "run", [Snapshot(0, streams, LABELS)]))
+    rows = frame[frame["metric"].isin(["dormant_fraction", "nc1"])]
+    assert rows["target"].tolist() == ["outputs", "outputs"]
+
+
+def test_a_probe_is_fitted_where_it_is_asked_for(runs):
+    frame = measure(runs[0], metrics="linear_probe_accuracy", layers="hidden*")
+    expected = rs.linear_probe_accuracy(features(55, d=3), LABELS)
+    assert value(frame, step=5, layer="hidden2") == float(expected)
+    with pytest.raises(errors.UnknownName, match="did you mean 'linear_probe_acc"):
+        measure(runs[0], metrics="linear_probe")
+
+
+def test_readings_of_classes_and_units_say_why_they_are_nan(tmp_path):
+    silent = features(1) + 0.1
+    silent[:3] = 0
+    streams = {
+        "dead": torch.zeros(40, 3),
+        "signed": features(2) - 1,
+        "silent": silent,
+        "diverged": features(3).index_fill(0, torch.tensor([3]), math.nan),
+    }
+    snapshot = Snapshot(
+        0, {("outputs", name): X for name, X in streams.items()}, LABELS
+    )
+    frame = measure(write(tmp_path / "run", [snapshot]))
+
+    def cell(layer, metric):
+        row = frame[(frame["layer"] == layer) & (frame["metric"] == metric)]
+        return row["value"].item(), row["note"].item()
+
+    assert cell("dead", "dormant_fraction") == (
+        1.0,
+        "no active unit in 40 of 40 samples",
+    )
+    number, note = cell("dead", "nc1")
+    assert math.isnan(number)
+    assert note == "no within-class variance; no between-class variance"
+    number, note = cell("signed", "population_sparseness")
+    assert math.isnan(number)
+    assert ">= 0" in note
+    assert cell("signed", "dormant_fraction")[1] == ""
+    number, note = cell("silent", "population_sparseness")
+    assert 0 < number < 1
+    assert note == "no active unit in 3 of 40 samples"
+    for metric in ("nc1", "cdnv", "dormant_fraction", "activation_overlap"):
+        number, note = cell("diverged", metric)
+        assert math.isnan(number)
+        assert "non-finite" in note
 
 
 def test_worker_processes_change_nothing(runs):
@@ -305,7 +377,8 @@ def test_moments_are_measured_as_their_rows_are(tmp_path, monkeypatch):
             for name, X in rows.items()
         },
     )
-    frame = measure(write(tmp_path / "run", [snapshot]))
+    path = write(tmp_path / "run", [snapshot])
+    frame = measure(path, metrics=list(SPECTRUM_METRICS))
     assert sorted(calls) == [(1, 4, 4), (5, 6, 6)]
     by_target = {
         target: part.drop(columns="target").reset_index(drop=True)

@@ -12,8 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repscope._checks import as_features, as_labels, check_choice
-from repscope.errors import MetricError, UsageError
+from repscope._checks import check_choice
+from repscope.errors import UsageError
+from repscope.linalg.classes import class_averages as _class_means
+from repscope.linalg.classes import class_sums as _class_sums
+from repscope.linalg.classes import grouped as _grouped
+from repscope.linalg.classes import row_norms as _norms
 from repscope.results import ClassCosine
 
 Of = Literal["means", "pairs"]
@@ -144,36 +148,8 @@ def mean_share(X: Any, y: Any) -> Tensor:
 
 
 # -- helpers -----------------------------------------------------------------
-def _grouped(X: Any, y: Any) -> tuple[Tensor, Tensor, Tensor]:
-    features = as_features(X)
-    if features.ndim != 2:
-        raise MetricError(
-            f"X must have shape (n_samples, n_features), got {tuple(features.shape)}"
-        )
-    labels = as_labels(y, n_samples=len(features), device=features.device)
-    classes, members = torch.unique(labels, return_inverse=True)
-    return features.to(torch.float64), members, classes
-
-
-def _class_sums(V: Tensor, members: Tensor) -> Tensor:
-    n_classes = int(members.max()) + 1
-    return V.new_zeros(n_classes, *V.shape[1:]).index_add(0, members, V)
-
-
-def _class_means(V: Tensor, members: Tensor) -> Tensor:
-    counts = members.bincount().view(-1, *[1] * (V.ndim - 1))
-    return _class_sums(V, members) / counts
-
-
 def _mean_norms(V: Tensor, members: Tensor) -> Tensor:
     return _class_means(_norms(V), members)
-
-
-def _norms(V: Tensor) -> Tensor:
-    """Return row norms whose squares can neither overflow nor underflow."""
-    top = V.abs().amax(-1, keepdim=True)
-    scaled = torch.where(top > 0, V / top, 0.0)
-    return top[..., 0] * scaled.square().sum(-1).sqrt()
 
 
 def _directions(V: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,12 @@ import torch
 import repscope as rs
 from repscope.landscape import SPARSITY_METRICS
 from repscope.metrics.alignment import ALIGNMENT_METRICS
+from repscope.metrics.collapse import COLLAPSE_METRICS, neural_collapse
 from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.probe import PROBE_METRICS
 from repscope.metrics.similarity import SIMILARITY_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS
+from repscope.metrics.units import OVERLAP_METRICS, UNIT_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 from repscope.results import SparsityCurve
 
@@ -90,6 +93,56 @@ def test_alignment_metrics(name, metric, X, y):
     equal(metric(X.numpy(), y.tolist()), found)
 
 
+@over(COLLAPSE_METRICS)
+def test_collapse_metrics(name, metric, X, y):
+    def read(features, labels):
+        return metric(neural_collapse(features, labels))
+
+    X = X[0]
+    found = read(X, y)
+    assert found.ndim == 0
+    order = torch.randperm(40)
+    equal(read(X[order], y[order]), found)
+    equal(read(X @ rotation(7), y), found)
+    equal(read(X + torch.randn(7), y), found)
+    equal(read(X * -3, y), found)
+    equal(read(X.repeat(2, 1), y.repeat(2)), found)
+    equal(read(X, 50 - 7 * y), found)
+    equal(read(X.float(), y), found, rtol=1e-5)
+    equal(read(X.numpy(), y.tolist()), found)
+
+
+# -- units -------------------------------------------------------------------
+@over(UNIT_METRICS)
+def test_unit_metrics(name, metric, X):
+    X = X.relu()
+    X[..., 2] *= 1e-3
+    found = metric(X)
+    assert found.shape == (3,)
+    equal(found, torch.stack([metric(one) for one in X]))
+    equal(metric(X[:, torch.randperm(40)]), found)
+    equal(metric(X[..., torch.randperm(7)]), found)
+    equal(metric(X * 3), found)
+    equal(metric(X.repeat(1, 2, 1)), found)
+    equal(metric(X.repeat(1, 1, 2)), found)
+    equal(metric(X.float()), found, rtol=1e-5)
+    equal(metric(X.tolist()), found)
+
+
+@over(OVERLAP_METRICS)
+def test_overlap_metrics(name, metric, X, y):
+    X = X[0].relu()
+    found = metric(X, y)
+    assert found.ndim == 0
+    order = torch.randperm(40)
+    equal(metric(X[order], y[order]), found)
+    equal(metric(X[:, torch.randperm(7)], y), found)
+    equal(metric(X * 3, y), found)
+    equal(metric(X, 50 - 7 * y), found)
+    equal(metric(X.float(), y), found, rtol=1e-5)
+    equal(metric(X.numpy(), y.tolist()), found)
+
+
 # -- weights -----------------------------------------------------------------
 @over(WEIGHT_METRICS)
 def test_weight_metrics(name, metric, X):
@@ -140,6 +193,12 @@ def calls(X, y):
         yield name, lambda X, metric=metric: metric(rs.spectrum(X)), (X,)
     for name, metric in ALIGNMENT_METRICS.items():
         yield name, metric, (X[0], y)
+    for name, metric in COLLAPSE_METRICS.items():
+        yield name, lambda X, y, m=metric: m(neural_collapse(X, y)), (X[0], y)
+    for name, metric in UNIT_METRICS.items():
+        yield name, metric, (X.relu(),)
+    for name, metric in {**OVERLAP_METRICS, **PROBE_METRICS}.items():
+        yield name, metric, (X[0].relu(), y)
     for name, metric in WEIGHT_METRICS.items():
         yield name, metric, (X[0],)
     for name, metric in CONTINUAL_METRICS.items():
@@ -167,6 +226,10 @@ def test_names_are_unique_across_families():
         SPECTRUM_METRICS,
         ALIGNMENT_METRICS,
         SIMILARITY_METRICS,
+        COLLAPSE_METRICS,
+        UNIT_METRICS,
+        OVERLAP_METRICS,
+        PROBE_METRICS,
         WEIGHT_METRICS,
         CONTINUAL_METRICS,
         SPARSITY_METRICS,

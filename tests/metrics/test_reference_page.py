@@ -9,9 +9,12 @@ import pytest
 
 from repscope.landscape import SPARSITY_METRICS
 from repscope.metrics.alignment import ALIGNMENT_METRICS
+from repscope.metrics.collapse import COLLAPSE_METRICS
 from repscope.metrics.continual import CONTINUAL_METRICS
+from repscope.metrics.probe import PROBE_METRICS
 from repscope.metrics.similarity import SIMILARITY_METRICS
 from repscope.metrics.spectra import SPECTRUM_METRICS
+from repscope.metrics.units import OVERLAP_METRICS, UNIT_METRICS
 from repscope.metrics.weights import WEIGHT_METRICS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
@@ -32,6 +35,10 @@ def test_the_worked_numbers_are_true():
         *SPECTRUM_METRICS,
         *ALIGNMENT_METRICS,
         *SIMILARITY_METRICS,
+        *COLLAPSE_METRICS,
+        *UNIT_METRICS,
+        *OVERLAP_METRICS,
+        *PROBE_METRICS,
         *WEIGHT_METRICS,
         *CONTINUAL_METRICS,
         *SPARSITY_METRICS,
