@@ -52,14 +52,24 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "learning_accuracy",
     ),
     # comparison over seeds
-    "repscope.metrics.comparison": ("mean_interval", "paired_difference", "verdict"),
+    "repscope.metrics.comparison": (
+        "compare",
+        "holm",
+        "mean_interval",
+        "paired_difference",
+        "verdict",
+    ),
     # results
     "repscope.results": (
         "Band",
         "ClassCosine",
+        "Compared",
+        "Comparison",
         "Histogram",
+        "Holm",
         "Interval",
         "PowerLaw",
+        "Primary",
         "SparsityCurve",
         "Spectrum",
     ),

@@ -17,6 +17,8 @@ from repscope.linalg import eigvalsh as eigvalsh
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
+from repscope.metrics.comparison import compare as compare
+from repscope.metrics.comparison import holm as holm
 from repscope.metrics.comparison import mean_interval as mean_interval
 from repscope.metrics.comparison import paired_difference as paired_difference
 from repscope.metrics.comparison import verdict as verdict
@@ -47,9 +49,13 @@ from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
 from repscope.results import Band as Band
 from repscope.results import ClassCosine as ClassCosine
+from repscope.results import Compared as Compared
+from repscope.results import Comparison as Comparison
 from repscope.results import Histogram as Histogram
+from repscope.results import Holm as Holm
 from repscope.results import Interval as Interval
 from repscope.results import PowerLaw as PowerLaw
+from repscope.results import Primary as Primary
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum
 from repscope.snapshot import Snapshot as Snapshot

@@ -204,6 +204,130 @@ class Interval:
         return _frame({name: [value] for name, value in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Holm:
+    """p values adjusted for how many there are.
+
+    Attributes:
+        metrics: What each belongs to, in the order given.
+        p_values: As given.
+        adjusted: By Holm's step-down rule, at most 1.
+    """
+
+    metrics: tuple[str, ...]
+    p_values: tuple[float, ...]
+    adjusted: tuple[float, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per metric: ``metric, p_value, p_holm``."""
+        return _frame(
+            {
+                "metric": self.metrics,
+                "p_value": self.p_values,
+                "p_holm": self.adjusted,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric of two conditions over paired seeds.
+
+    Attributes:
+        metric: Its name.
+        label: ``"primary"`` (declared before the run) or ``"exploratory"``.
+        interval: Mean difference over the seeds with both values; of an exploratory
+            metric without p.
+        worst_low: Lower end of the t interval when diverged runs of the first take
+            the lower bound and those of the second the upper one.
+        worst_high: Upper end when they take the opposite ones; without diverged runs
+            these two are the ends of ``interval``.
+        bounds: The two values that diverged runs take, ``None`` where there are none.
+        n_diverged: Diverged runs of the first and of the second.
+        primary: What was declared, or ``None``.
+        p_holm: p adjusted over the primary metrics, or ``None``.
+        verdict: On a primary metric; ``""`` for an exploratory one.
+        note: What limits the result, or ``""``.
+    """
+
+    metric: str
+    label: Literal["primary", "exploratory"]
+    interval: Interval
+    worst_low: float
+    worst_high: float
+    bounds: tuple[float, float] | None
+    n_diverged: tuple[int, int]
+    primary: Primary | None
+    p_holm: float | None
+    verdict: str
+    note: str
+
+    def _row(self) -> dict[str, object]:
+        low, high = self.bounds or (None, None)
+        claim = self.primary
+        return {
+            "metric": self.metric,
+            "label": self.label,
+            "estimate": self.interval.estimate,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "n": self.interval.n,
+            "n_diverged_a": self.n_diverged[0],
+            "n_diverged_b": self.n_diverged[1],
+            "worst_low": self.worst_low,
+            "worst_high": self.worst_high,
+            "bound_low": low,
+            "bound_high": high,
+            "direction": claim.direction if claim else "",
+            "margin": claim.margin if claim else None,
+            "p_value": self.interval.p_value,
+            "p_min": self.interval.p_min,
+            "p_holm": self.p_holm,
+            "verdict": self.verdict,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Primary:
+    """What is declared of a primary metric before any run.
+
+    Attributes:
+        direction: Whether the first condition is claimed to be ``"greater"`` or
+            ``"less"``.
+        margin: Smallest difference that matters, in units of the metric.
+        bounds: Lowest and highest value the metric can take, which diverged runs are
+            given; ``None`` takes the extremes of the runs that did not diverge.
+    """
+
+    direction: Literal["greater", "less"]
+    margin: float
+    bounds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every metric of two conditions over paired seeds, primary ones first.
+
+    Attributes:
+        rows: One `Compared` a metric.
+    """
+
+    rows: tuple[Compared, ...]
+
+    def __getitem__(self, metric: str) -> Compared:
+        """Return the row of a metric."""
+        return {row.metric: row for row in self.rows}[metric]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per metric; p and verdict of primary metrics only."""
+        import pandas as pd
+
+        frame = pd.DataFrame([row._row() for row in self.rows])
+        numbers = ["bound_low", "bound_high", "margin", "p_value", "p_min", "p_holm"]
+        return frame.astype(dict.fromkeys(numbers, float))
+
+
 @dataclass(frozen=True, eq=False)
 class Band:
     """A curve over seeds: mean and interval at each point.

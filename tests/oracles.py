@@ -133,3 +133,13 @@ def sign_flip_p(differences) -> float:
     patterns = itertools.product([-1, 1], repeat=len(d))
     means = np.array([abs(np.dot(p, d)) for p in patterns])
     return float((means >= abs(d.sum()) - 1e-9).mean())
+
+
+def closed_bonferroni(p) -> list[float]:
+    """Return the largest Bonferroni p over all subsets that hold each hypothesis."""
+    places = range(len(p))
+    subsets = [s for r in places for s in itertools.combinations(places, r + 1)]
+    return [
+        max(min(1.0, len(s) * min(p[j] for j in s)) for s in subsets if i in s)
+        for i in places
+    ]
