@@ -49,7 +49,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "average_accuracy",
         "backward_transfer",
         "forgetting",
+        "interference",
         "learning_accuracy",
+        "plasticity",
     ),
     # comparison over seeds
     "repscope.metrics.comparison": (
@@ -67,6 +69,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Comparison",
         "Histogram",
         "Holm",
+        "Interference",
         "Interval",
         "PowerLaw",
         "Primary",

@@ -25,7 +25,9 @@ from repscope.metrics.comparison import verdict as verdict
 from repscope.metrics.continual import average_accuracy as average_accuracy
 from repscope.metrics.continual import backward_transfer as backward_transfer
 from repscope.metrics.continual import forgetting as forgetting
+from repscope.metrics.continual import interference as interference
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.continual import plasticity as plasticity
 from repscope.metrics.spectra import effective_rank as effective_rank
 from repscope.metrics.spectra import (
     explained_variance_ratio as explained_variance_ratio,
@@ -53,6 +55,7 @@ from repscope.results import Compared as Compared
 from repscope.results import Comparison as Comparison
 from repscope.results import Histogram as Histogram
 from repscope.results import Holm as Holm
+from repscope.results import Interference as Interference
 from repscope.results import Interval as Interval
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import Primary as Primary

@@ -100,6 +100,29 @@ class ClassCosine:
 
 
 @dataclass(frozen=True, eq=False)
+class Interference:
+    """What a step is predicted to do to the loss of another task, to first order.
+
+    Attributes:
+        predicted_change: Inner product of the gradient of that loss and the step,
+            0-dim, in units of the loss; positive where the step raises it.
+        cosine: Of the two, 0-dim; NaN when either is zero.
+    """
+
+    predicted_change: Tensor
+    cosine: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row: ``predicted_change, cosine``."""
+        return _frame(
+            {
+                "predicted_change": self.predicted_change.reshape(1),
+                "cosine": self.cosine.reshape(1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Histogram:
     """Counts of weight magnitudes between fixed edges.
 
