@@ -40,7 +40,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "weight_spectrum",
     ),
     # classes
-    "repscope.metrics.alignment": ("class_cosine", "class_means", "cross_class_cosine"),
+    "repscope.metrics.alignment": (
+        "class_alignment",
+        "class_cosine",
+        "class_means",
+        "cross_class_cosine",
+    ),
     # weights
     "repscope.metrics.weights": ("hoyer_sparsity", "weight_histogram"),
     "repscope.landscape": ("sparsity_curve",),
@@ -64,6 +69,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # results
     "repscope.results": (
         "Band",
+        "ClassAlignment",
         "ClassCosine",
         "Compared",
         "Comparison",

@@ -14,6 +14,7 @@ from repscope.landscape import sparsity_curve as sparsity_curve
 from repscope.linalg import Moments as Moments
 from repscope.linalg import covariance as covariance
 from repscope.linalg import eigvalsh as eigvalsh
+from repscope.metrics.alignment import class_alignment as class_alignment
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
@@ -50,6 +51,7 @@ from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
 from repscope.recorder import Recorder as Recorder
 from repscope.results import Band as Band
+from repscope.results import ClassAlignment as ClassAlignment
 from repscope.results import ClassCosine as ClassCosine
 from repscope.results import Compared as Compared
 from repscope.results import Comparison as Comparison

@@ -79,6 +79,11 @@ class ClassCosine:
             means, 0-dim.
         n_excluded: Zero vectors (classes, or samples for pairs) left out, because
             their direction is undefined.
+        counts: Samples of each class, shape ``(n_classes,)``; ``None`` for an average
+            over runs, as the next two.
+        centred_std: Standard deviation of the cosines between different classes after
+            the unweighted mean of the class means was subtracted, 0-dim.
+        norm_cv: Standard deviation of ``norms`` over their mean, 0-dim.
     """
 
     matrix: Tensor
@@ -86,6 +91,9 @@ class ClassCosine:
     norms: Tensor
     mean_share: Tensor
     n_excluded: int
+    counts: Tensor | None = None
+    centred_std: Tensor | None = None
+    norm_cv: Tensor | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per ordered pair: ``class_a, class_b, cosine``."""
@@ -97,6 +105,26 @@ class ClassCosine:
                 "cosine": self.matrix.reshape(-1),
             }
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ClassAlignment:
+    """Readings of how classes point the same way, beside those of baselines.
+
+    Attributes:
+        features: What was read: ``"features"``, then the baselines.
+        metrics: Names of the readings.
+        values: Shape ``(n_features, n_metrics)``.
+    """
+
+    features: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per set of features: ``features`` and every metric."""
+        columns = dict(zip(self.metrics, self.values.unbind(-1), strict=True))
+        return _frame({"features": self.features, **columns})
 
 
 @dataclass(frozen=True, eq=False)
