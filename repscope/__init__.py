@@ -24,6 +24,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # spectra
     "repscope.linalg": ("Moments", "covariance", "eigvalsh"),
     "repscope.metrics.spectra": (
+        "compare_spectra",
         "effective_rank",
         "explained_variance_ratio",
         "hill_number",
@@ -39,6 +40,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "stable_rank",
         "weight_spectrum",
     ),
+    "repscope.metrics.dimension": ("class_dimension", "rank_stability"),
     # classes
     "repscope.metrics.alignment": (
         "class_alignment",
@@ -71,6 +73,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Band",
         "ClassAlignment",
         "ClassCosine",
+        "ClassDimension",
         "Compared",
         "Comparison",
         "Histogram",
@@ -79,6 +82,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Interval",
         "PowerLaw",
         "Primary",
+        "RankStability",
         "SparsityCurve",
         "Spectrum",
     ),

@@ -29,6 +29,9 @@ from repscope.metrics.continual import forgetting as forgetting
 from repscope.metrics.continual import interference as interference
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
 from repscope.metrics.continual import plasticity as plasticity
+from repscope.metrics.dimension import class_dimension as class_dimension
+from repscope.metrics.dimension import rank_stability as rank_stability
+from repscope.metrics.spectra import compare_spectra as compare_spectra
 from repscope.metrics.spectra import effective_rank as effective_rank
 from repscope.metrics.spectra import (
     explained_variance_ratio as explained_variance_ratio,
@@ -53,6 +56,7 @@ from repscope.recorder import Recorder as Recorder
 from repscope.results import Band as Band
 from repscope.results import ClassAlignment as ClassAlignment
 from repscope.results import ClassCosine as ClassCosine
+from repscope.results import ClassDimension as ClassDimension
 from repscope.results import Compared as Compared
 from repscope.results import Comparison as Comparison
 from repscope.results import Histogram as Histogram
@@ -61,6 +65,7 @@ from repscope.results import Interference as Interference
 from repscope.results import Interval as Interval
 from repscope.results import PowerLaw as PowerLaw
 from repscope.results import Primary as Primary
+from repscope.results import RankStability as RankStability
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum
 from repscope.snapshot import Snapshot as Snapshot

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -125,6 +126,74 @@ class ClassAlignment:
         """Return one row per set of features: ``features`` and every metric."""
         columns = dict(zip(self.metrics, self.values.unbind(-1), strict=True))
         return _frame({"features": self.features, **columns})
+
+
+@dataclass(frozen=True, eq=False)
+class ClassDimension:
+    """The parts of a covariance within and between classes.
+
+    Attributes:
+        within_rank: Effective rank of the covariance within classes, shape ``(...)``.
+        between_rank: The same between class means, at most ``n_classes - 1``.
+        within_share: Share of the total variance, in [0, 1].
+        between_share: The rest.
+        classes: The labels, ascending, shape ``(n_classes,)``.
+        counts: Samples of each class, shape ``(n_classes,)``.
+    """
+
+    within_rank: Tensor
+    between_rank: Tensor
+    within_share: Tensor
+    between_share: Tensor
+    classes: Tensor
+    counts: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return two rows per matrix: ``batch, part, effective_rank, share``."""
+        ranks = torch.stack([self.within_rank, self.between_rank], -1).reshape(-1, 2)
+        shares = torch.stack([self.within_share, self.between_share], -1)
+        return _frame(
+            {
+                "batch": [i for i in range(len(ranks)) for _ in range(2)],
+                "part": ["within", "between"] * len(ranks),
+                "effective_rank": ranks.reshape(-1),
+                "share": shares.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RankStability:
+    """Effective rank of all examples and of two random halves of them.
+
+    Attributes:
+        effective_rank: Of all, shape ``(...)``.
+        halves: Of the halves, shape ``(..., 2)``.
+        ratio: Mean of the halves over that of all: near 1 when more examples would
+            not change the rank; NaN for a constant layer.
+        n_examples: Examples, not rows.
+        note: ``"n_examples < 5 n_features"``, or ``""``.
+    """
+
+    effective_rank: Tensor
+    halves: Tensor
+    ratio: Tensor
+    n_examples: int
+    note: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per matrix: all numbers, ``n_examples`` and ``note``."""
+        first, second = self.halves.reshape(-1, 2).unbind(-1)
+        return _frame(
+            {
+                "effective_rank": self.effective_rank.reshape(-1),
+                "first_half": first,
+                "second_half": second,
+                "ratio": self.ratio.reshape(-1),
+                "n_examples": self.n_examples,
+                "note": self.note,
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
