@@ -358,10 +358,10 @@ class Compared:
         label: ``"primary"`` (declared before the run) or ``"exploratory"``.
         interval: Mean difference over the seeds with both values; of an exploratory
             metric without p.
-        worst_low: Lower end of the t interval when diverged runs of the first take
-            the lower bound and those of the second the upper one.
-        worst_high: Upper end when they take the opposite ones; without diverged runs
-            these two are the ends of ``interval``.
+        worst_low: Lower end of both t intervals: with diverged runs of the first at
+            the lower bound and those of the second at the upper one, and the reverse.
+        worst_high: Upper end of both; without diverged runs these two are the ends of
+            ``interval``.
         bounds: The two values that diverged runs take, ``None`` where there are none.
         n_diverged: Diverged runs of the first and of the second.
         primary: What was declared, or ``None``.

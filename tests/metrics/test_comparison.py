@@ -402,10 +402,21 @@ def test_diverged_runs_are_counted_left_out_and_given_the_worst():
             a["accuracy"] | {3: ours}, b["accuracy"] | {7: theirs}
         )
         ends.append(worst)
-    assert found.worst_low == pytest.approx(ends[0].low)
-    assert found.worst_high == pytest.approx(ends[1].high)
+    assert found.worst_low == pytest.approx(min(end.low for end in ends))
+    assert found.worst_high == pytest.approx(max(end.high for end in ends))
     assert found.verdict == "not decided"
     assert rs.verdict(kept, margin=1.0, direction="greater") == "holds"
+
+
+def test_the_worst_case_is_the_wider_of_two():
+    a, b = both(accuracy=runs(n=20, shift=-40.0))
+    a["accuracy"][3] = math.nan
+    claim = rs.Primary("less", margin=1.0, bounds=(-10.0, 100.0))
+    found = rs.compare(a, b, primary={"accuracy": claim})["accuracy"]
+    # At its upper bound the lost run is far from the others: a wide interval.
+    wide = rs.paired_difference(a["accuracy"] | {3: 100.0}, b["accuracy"])
+    assert (found.worst_low, found.worst_high) == pytest.approx((wide.low, wide.high))
+    assert found.verdict == "holds"
 
 
 def test_the_extremes_that_were_seen_bound_what_has_no_bounds():
