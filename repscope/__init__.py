@@ -24,6 +24,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # spectra
     "repscope.linalg": ("Moments", "covariance", "eigvalsh"),
     "repscope.metrics.spectra": (
+        "compare_spectra",
         "effective_rank",
         "explained_variance_ratio",
         "hill_number",
@@ -39,8 +40,14 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "stable_rank",
         "weight_spectrum",
     ),
+    "repscope.metrics.dimension": ("class_dimension", "rank_stability"),
     # classes
-    "repscope.metrics.alignment": ("class_cosine", "class_means", "cross_class_cosine"),
+    "repscope.metrics.alignment": (
+        "class_alignment",
+        "class_cosine",
+        "class_means",
+        "cross_class_cosine",
+    ),
     # similarity
     "repscope.metrics.similarity": (
         "MinibatchCKA",
@@ -83,23 +90,39 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "average_accuracy",
         "backward_transfer",
         "forgetting",
+        "interference",
         "learning_accuracy",
+        "plasticity",
     ),
     # comparison over seeds
-    "repscope.metrics.comparison": ("mean_interval", "paired_difference", "verdict"),
+    "repscope.metrics.comparison": (
+        "compare",
+        "holm",
+        "mean_interval",
+        "paired_difference",
+        "verdict",
+    ),
     # results
     "repscope.results": (
         "ActivationOverlap",
         "Band",
         "Barrier",
         "BetweenWithin",
+        "ClassAlignment",
         "ClassCosine",
+        "ClassDimension",
+        "Compared",
+        "Comparison",
         "Displacement",
         "Histogram",
+        "Holm",
+        "Interference",
         "Interval",
         "Movement",
         "NeuralCollapse",
         "PowerLaw",
+        "Primary",
+        "RankStability",
         "SparsityCurve",
         "Spectrum",
         "SubspaceOverlap",

@@ -21,17 +21,24 @@ from repscope.linalg import covariance as covariance
 from repscope.linalg import eigvalsh as eigvalsh
 from repscope.metrics.agreement import disagreement as disagreement
 from repscope.metrics.agreement import error_consistency as error_consistency
+from repscope.metrics.alignment import class_alignment as class_alignment
 from repscope.metrics.alignment import class_cosine as class_cosine
 from repscope.metrics.alignment import class_means as class_means
 from repscope.metrics.alignment import cross_class_cosine as cross_class_cosine
 from repscope.metrics.collapse import neural_collapse as neural_collapse
+from repscope.metrics.comparison import compare as compare
+from repscope.metrics.comparison import holm as holm
 from repscope.metrics.comparison import mean_interval as mean_interval
 from repscope.metrics.comparison import paired_difference as paired_difference
 from repscope.metrics.comparison import verdict as verdict
 from repscope.metrics.continual import average_accuracy as average_accuracy
 from repscope.metrics.continual import backward_transfer as backward_transfer
 from repscope.metrics.continual import forgetting as forgetting
+from repscope.metrics.continual import interference as interference
 from repscope.metrics.continual import learning_accuracy as learning_accuracy
+from repscope.metrics.continual import plasticity as plasticity
+from repscope.metrics.dimension import class_dimension as class_dimension
+from repscope.metrics.dimension import rank_stability as rank_stability
 from repscope.metrics.movement import (
     distance_from_initialisation as distance_from_initialisation,
 )
@@ -45,6 +52,7 @@ from repscope.metrics.similarity import linear_cka as linear_cka
 from repscope.metrics.similarity import principal_angles as principal_angles
 from repscope.metrics.similarity import procrustes_distance as procrustes_distance
 from repscope.metrics.similarity import subspace_overlap as subspace_overlap
+from repscope.metrics.spectra import compare_spectra as compare_spectra
 from repscope.metrics.spectra import effective_rank as effective_rank
 from repscope.metrics.spectra import (
     explained_variance_ratio as explained_variance_ratio,
@@ -74,13 +82,21 @@ from repscope.results import ActivationOverlap as ActivationOverlap
 from repscope.results import Band as Band
 from repscope.results import Barrier as Barrier
 from repscope.results import BetweenWithin as BetweenWithin
+from repscope.results import ClassAlignment as ClassAlignment
 from repscope.results import ClassCosine as ClassCosine
+from repscope.results import ClassDimension as ClassDimension
+from repscope.results import Compared as Compared
+from repscope.results import Comparison as Comparison
 from repscope.results import Displacement as Displacement
 from repscope.results import Histogram as Histogram
+from repscope.results import Holm as Holm
+from repscope.results import Interference as Interference
 from repscope.results import Interval as Interval
 from repscope.results import Movement as Movement
 from repscope.results import NeuralCollapse as NeuralCollapse
 from repscope.results import PowerLaw as PowerLaw
+from repscope.results import Primary as Primary
+from repscope.results import RankStability as RankStability
 from repscope.results import SparsityCurve as SparsityCurve
 from repscope.results import Spectrum as Spectrum
 from repscope.results import SubspaceOverlap as SubspaceOverlap

@@ -379,6 +379,7 @@ def _streams(snapshot: Snapshot) -> Iterator[_Stream]:
             "layer": layer,
             "target": target,
             "n_samples": _n_samples(target, X),
+            "n_examples": _n_examples(snapshot, target, layer),
             "note": note,
         }
         yield row, X, snapshot.labels_of(layer) if target == "outputs" else None
@@ -467,6 +468,18 @@ def _n_samples(target: str, X: Tensor) -> int:
     return len(X) if target in ROW_TARGETS else 0
 
 
+def _n_examples(snapshot: Snapshot, target: str, layer: str) -> int:
+    """Return how many examples the rows are of; their own number where unknown."""
+    X = snapshot.streams[target, layer]
+    if target not in ROW_TARGETS:
+        return _n_samples(target, X)
+    which = snapshot.streams.get((EXAMPLES, f"{target}:{layer}"))
+    if which is not None:
+        return len(which.unique())
+    n = 0 if snapshot.labels is None else len(snapshot.labels)
+    return n if n and len(X) % n == 0 else len(X)
+
+
 def _with_spectrum(base: Row, X: Tensor) -> _Waiting:
     """Return rows, or the moments of some, or a note why they have no spectrum."""
     streamed = base["target"] == "moments"
@@ -508,6 +521,9 @@ def _spectrum_rows(waiting: Sequence[_Waiting], wanted: frozenset[str]) -> list[
             base = _note(base, f"degenerate: {one.degenerate}")
         if one.n_samples < 5 * one.n_features:
             base = _note(base, "n_samples < 5 n_features")
+        elif base["n_examples"] < 5 * one.n_features:
+            # Rows of one example, as tokens, are not independent.
+            base = _note(base, f"{base['n_examples']} examples < 5 n_features")
         rows += _apply(table, wanted, base, one)
     return rows
 

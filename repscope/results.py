@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class ClassCosine:
             means, 0-dim.
         n_excluded: Zero vectors (classes, or samples for pairs) left out, because
             their direction is undefined.
+        counts: Samples of each class, shape ``(n_classes,)``; ``None`` for an average
+            over runs, as the next two.
+        centred_std: Standard deviation of the cosines between different classes after
+            the unweighted mean of the class means was subtracted, 0-dim.
+        norm_cv: Standard deviation of ``norms`` over their mean, 0-dim.
     """
 
     matrix: Tensor
@@ -87,6 +93,9 @@ class ClassCosine:
     norms: Tensor
     mean_share: Tensor
     n_excluded: int
+    counts: Tensor | None = None
+    centred_std: Tensor | None = None
+    norm_cv: Tensor | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per ordered pair: ``class_a, class_b, cosine``."""
@@ -96,6 +105,117 @@ class ClassCosine:
                 "class_a": [a for a in labels for _ in labels],
                 "class_b": [b for _ in labels for b in labels],
                 "cosine": self.matrix.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClassAlignment:
+    """Readings of how classes point the same way, beside those of baselines.
+
+    Attributes:
+        features: What was read: ``"features"``, then the baselines.
+        metrics: Names of the readings.
+        values: Shape ``(n_features, n_metrics)``.
+    """
+
+    features: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per set of features: ``features`` and every metric."""
+        columns = dict(zip(self.metrics, self.values.unbind(-1), strict=True))
+        return _frame({"features": self.features, **columns})
+
+
+@dataclass(frozen=True, eq=False)
+class ClassDimension:
+    """The parts of a covariance within and between classes.
+
+    Attributes:
+        within_rank: Effective rank of the covariance within classes, shape ``(...)``.
+        between_rank: The same between class means, at most ``n_classes - 1``.
+        within_share: Share of the total variance, in [0, 1].
+        between_share: The rest.
+        classes: The labels, ascending, shape ``(n_classes,)``.
+        counts: Samples of each class, shape ``(n_classes,)``.
+    """
+
+    within_rank: Tensor
+    between_rank: Tensor
+    within_share: Tensor
+    between_share: Tensor
+    classes: Tensor
+    counts: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return two rows per matrix: ``batch, part, effective_rank, share``."""
+        ranks = torch.stack([self.within_rank, self.between_rank], -1).reshape(-1, 2)
+        shares = torch.stack([self.within_share, self.between_share], -1)
+        return _frame(
+            {
+                "batch": [i for i in range(len(ranks)) for _ in range(2)],
+                "part": ["within", "between"] * len(ranks),
+                "effective_rank": ranks.reshape(-1),
+                "share": shares.reshape(-1),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RankStability:
+    """Effective rank of all examples and of two random halves of them.
+
+    Attributes:
+        effective_rank: Of all, shape ``(...)``.
+        halves: Of the halves, shape ``(..., 2)``.
+        ratio: Mean of the halves over that of all: near 1 when more examples would
+            not change the rank; NaN for a constant layer.
+        n_examples: Examples, not rows.
+        note: ``"n_examples < 5 n_features"``, or ``""``.
+    """
+
+    effective_rank: Tensor
+    halves: Tensor
+    ratio: Tensor
+    n_examples: int
+    note: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per matrix: all numbers, ``n_examples`` and ``note``."""
+        first, second = self.halves.reshape(-1, 2).unbind(-1)
+        return _frame(
+            {
+                "effective_rank": self.effective_rank.reshape(-1),
+                "first_half": first,
+                "second_half": second,
+                "ratio": self.ratio.reshape(-1),
+                "n_examples": self.n_examples,
+                "note": self.note,
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Interference:
+    """What a step is predicted to do to the loss of another task, to first order.
+
+    Attributes:
+        predicted_change: Inner product of the gradient of that loss and the step,
+            0-dim, in units of the loss; positive where the step raises it.
+        cosine: Of the two, 0-dim; NaN when either is zero.
+    """
+
+    predicted_change: Tensor
+    cosine: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row: ``predicted_change, cosine``."""
+        return _frame(
+            {
+                "predicted_change": self.predicted_change.reshape(1),
+                "cosine": self.cosine.reshape(1),
             }
         )
 
@@ -484,6 +604,130 @@ class Interval:
     def to_frame(self) -> pd.DataFrame:
         """Return one row with all fields."""
         return _frame({name: [value] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Holm:
+    """p values adjusted for how many there are.
+
+    Attributes:
+        metrics: What each belongs to, in the order given.
+        p_values: As given.
+        adjusted: By Holm's step-down rule, at most 1.
+    """
+
+    metrics: tuple[str, ...]
+    p_values: tuple[float, ...]
+    adjusted: tuple[float, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per metric: ``metric, p_value, p_holm``."""
+        return _frame(
+            {
+                "metric": self.metrics,
+                "p_value": self.p_values,
+                "p_holm": self.adjusted,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric of two conditions over paired seeds.
+
+    Attributes:
+        metric: Its name.
+        label: ``"primary"`` (declared before the run) or ``"exploratory"``.
+        interval: Mean difference over the seeds with both values; of an exploratory
+            metric without p.
+        worst_low: Lower end of both t intervals: with diverged runs of the first at
+            the lower bound and those of the second at the upper one, and the reverse.
+        worst_high: Upper end of both; without diverged runs these two are the ends of
+            ``interval``.
+        bounds: The two values that diverged runs take, ``None`` where there are none.
+        n_diverged: Diverged runs of the first and of the second.
+        primary: What was declared, or ``None``.
+        p_holm: p adjusted over the primary metrics, or ``None``.
+        verdict: On a primary metric; ``""`` for an exploratory one.
+        note: What limits the result, or ``""``.
+    """
+
+    metric: str
+    label: Literal["primary", "exploratory"]
+    interval: Interval
+    worst_low: float
+    worst_high: float
+    bounds: tuple[float, float] | None
+    n_diverged: tuple[int, int]
+    primary: Primary | None
+    p_holm: float | None
+    verdict: str
+    note: str
+
+    def _row(self) -> dict[str, object]:
+        low, high = self.bounds or (None, None)
+        claim = self.primary
+        return {
+            "metric": self.metric,
+            "label": self.label,
+            "estimate": self.interval.estimate,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "n": self.interval.n,
+            "n_diverged_a": self.n_diverged[0],
+            "n_diverged_b": self.n_diverged[1],
+            "worst_low": self.worst_low,
+            "worst_high": self.worst_high,
+            "bound_low": low,
+            "bound_high": high,
+            "direction": claim.direction if claim else "",
+            "margin": claim.margin if claim else None,
+            "p_value": self.interval.p_value,
+            "p_min": self.interval.p_min,
+            "p_holm": self.p_holm,
+            "verdict": self.verdict,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Primary:
+    """What is declared of a primary metric before any run.
+
+    Attributes:
+        direction: Whether the first condition is claimed to be ``"greater"`` or
+            ``"less"``.
+        margin: Smallest difference that matters, in units of the metric.
+        bounds: Lowest and highest value the metric can take, which diverged runs are
+            given; ``None`` takes the extremes of the runs that did not diverge.
+    """
+
+    direction: Literal["greater", "less"]
+    margin: float
+    bounds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every metric of two conditions over paired seeds, primary ones first.
+
+    Attributes:
+        rows: One `Compared` a metric.
+    """
+
+    rows: tuple[Compared, ...]
+
+    def __getitem__(self, metric: str) -> Compared:
+        """Return the row of a metric."""
+        return {row.metric: row for row in self.rows}[metric]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per metric; p and verdict of primary metrics only."""
+        import pandas as pd
+
+        frame = pd.DataFrame([row._row() for row in self.rows])
+        numbers = ["bound_low", "bound_high", "margin", "p_value", "p_min", "p_holm"]
+        return frame.astype(dict.fromkeys(numbers, float))
 
 
 @dataclass(frozen=True, eq=False)

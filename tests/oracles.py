@@ -252,6 +252,16 @@ def sign_flip_p(differences) -> float:
     return float((means >= abs(d.sum()) - 1e-9).mean())
 
 
+def closed_bonferroni(p) -> list[float]:
+    """Return the largest Bonferroni p over all subsets that hold each hypothesis."""
+    places = range(len(p))
+    subsets = [s for r in places for s in itertools.combinations(places, r + 1)]
+    return [
+        max(min(1.0, len(s) * min(p[j] for j in s)) for s in subsets if i in s)
+        for i in places
+    ]
+
+
 # -- trajectories ------------------------------------------------------------
 def movement(points) -> dict[str, float]:
     """Read the path of points that are flat rows."""

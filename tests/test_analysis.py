@@ -338,6 +338,33 @@ def test_token_rows_take_the_label_of_their_example(tmp_path):
     assert example_labels(run, Snapshot(0, streams), "tokens") is None
 
 
+def test_too_few_examples_are_noted_however_many_rows_they_have(tmp_path):
+    rows = features(0, 40)  # of width 6, and 30 rows would be enough
+    whose = torch.arange(40).div(8, rounding_mode="floor")
+    streams = {
+        ("outputs", "tokens"): rows,
+        ("inputs", "fc"): rows,
+        ("outputs", "masked"): rows[:38],
+        ("examples", "outputs:masked"): whose[:38],
+        ("outputs", "known"): rows[:30],
+    }
+    snapshots = [
+        Snapshot(0, streams, torch.arange(10)),
+        Snapshot(1, {("outputs", "tokens"): rows}, torch.arange(40)),
+        Snapshot(2, {("outputs", "tokens"): rows}),
+    ]
+    frame = measure(write(tmp_path / "run", snapshots), metrics=["effective_rank"])
+    notes = frame.set_index(["step", "target", "layer"])["note"].to_dict()
+    assert notes == {
+        (0, "outputs", "tokens"): "10 examples < 5 n_features",
+        (0, "inputs", "fc"): "10 examples < 5 n_features",
+        (0, "outputs", "masked"): "5 examples < 5 n_features",
+        (0, "outputs", "known"): "10 examples < 5 n_features",
+        (1, "outputs", "tokens"): "",
+        (2, "outputs", "tokens"): "",
+    }
+
+
 def test_the_optimizer_is_named_by_the_user_or_by_its_class(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -6,19 +6,16 @@ has no direction: it is left out and counted, never given a cosine of 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from repscope._checks import check_choice
-from repscope.errors import UsageError
-from repscope.linalg.classes import class_averages as _class_means
-from repscope.linalg.classes import class_sums as _class_sums
-from repscope.linalg.classes import grouped as _grouped
-from repscope.linalg.classes import row_norms as _norms
-from repscope.results import ClassCosine
+from repscope._checks import as_features, check_choice
+from repscope.errors import LabelMismatch, UsageError
+from repscope.linalg.classes import class_averages, class_sums, grouped, row_norms
+from repscope.results import ClassAlignment, ClassCosine
 
 Of = Literal["means", "pairs"]
 
@@ -39,8 +36,8 @@ def class_means(X: Any, y: Any) -> Tensor:
         >>> class_means([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]], [7, 7, 2]).tolist()
         [[0.0, 5.0], [2.0, 0.0]]
     """
-    features, members, _ = _grouped(X, y)
-    return _class_means(features, members)
+    features, members, _ = grouped(X, y)
+    return class_averages(features, members)
 
 
 def class_cosine(
@@ -50,7 +47,8 @@ def class_cosine(
 
     Uncentred by default: centred class means sum to zero, which pins the mean of the
     off-diagonal near :math:`-1/(C-1)` whatever was learned. The uncentred mean in turn
-    is nearly a function of ``mean_share``, so read the two together.
+    is nearly a function of ``mean_share``, so read the two together, beside
+    ``centred_std``: how unequal the angles between classes are, which neither fixes.
 
     Args:
         X: Features, shape ``(n_samples, n_features)``.
@@ -78,22 +76,28 @@ def class_cosine(
             'center=True has no agreed meaning for of="pairs"; use of="means", or '
             "centre the features yourself"
         )
-    features, members, classes = _grouped(X, y)
-    means = _class_means(features, members)
+    features, members, classes = grouped(X, y)
+    means = class_averages(features, members)
     offset = means.mean(0)
-    vectors = means - offset if center else means
+    centred = _centred_cosines(means)
     if of == "pairs":
         matrix, n_excluded = _pair_cosines(features, members)
+    elif center:
+        matrix, n_excluded = centred
     else:
         # A mean that is rounding beside what it was summed from has no direction.
-        terms = _norms(means).amax() if center else _mean_norms(features, members)
-        matrix, n_excluded = _mean_cosines(vectors, noise=8 * _EPS * terms)
+        terms = _mean_norms(features, members)
+        matrix, n_excluded = _mean_cosines(means, noise=8 * _EPS * terms)
+    norms = row_norms(means - offset if center else means)
     return ClassCosine(
         matrix=matrix,
         classes=classes,
-        norms=_norms(vectors),
+        norms=norms,
         mean_share=_mean_share(means, offset),
         n_excluded=n_excluded,
+        counts=members.bincount(),
+        centred_std=_off_diagonal_std(centred[0]),
+        norm_cv=_cv(norms),
     )
 
 
@@ -120,9 +124,7 @@ def cross_class_cosine(
         >>> round(cross_class_cosine(X, y).item(), 4)
         0.4714
     """
-    matrix = class_cosine(X, y, center=center, of=of).matrix
-    off = ~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)
-    return matrix[off].nanmean()
+    return _off_diagonal(class_cosine(X, y, center=center, of=of).matrix).nanmean()
 
 
 def mean_share(X: Any, y: Any) -> Tensor:
@@ -142,19 +144,120 @@ def mean_share(X: Any, y: Any) -> Tensor:
         >>> mean_share([[1.0, 0.0], [0.0, 1.0]], [0, 1]).item()
         0.5
     """
-    features, members, _ = _grouped(X, y)
-    means = _class_means(features, members)
+    features, members, _ = grouped(X, y)
+    means = class_averages(features, members)
     return _mean_share(means, means.mean(0))
+
+
+def centred_cosine_std(X: Any, y: Any) -> Tensor:
+    """Return the standard deviation of the centred cosines between class means.
+
+    The spread (divisor: the number of pairs) of the cosines between different classes
+    after the unweighted mean of the class means was subtracted. Their mean is pinned;
+    the spread is not.
+
+    Args:
+        X: Features, shape ``(n_samples, n_features)``.
+        y: Integer labels, shape ``(n_samples,)``.
+
+    Returns:
+        0-dim, in [0, 1]; 0 when all angles are equal (a simplex, or two classes), NaN
+        when fewer than two classes have a direction.
+
+    References:
+        Papyan, Han and Donoho (2020), Prevalence of neural collapse, PNAS 117(40).
+
+    Example:
+        >>> centred_cosine_std([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], [0, 1, 2])
+        tensor(0.3333, dtype=torch.float64)
+    """
+    features, members, _ = grouped(X, y)
+    matrix, _ = _centred_cosines(class_averages(features, members))
+    return _off_diagonal_std(matrix)
+
+
+def class_norm_cv(X: Any, y: Any) -> Tensor:
+    r"""Return the coefficient of variation of the norms of the class means.
+
+    Standard deviation (divisor C) over mean, uncentred. At 0 the mean cosine over
+    pairs of classes is exactly :math:`(m^2 - s^2 / (C - 1)) / (m^2 + s^2)`, a function
+    of ``mean_share``.
+
+    Args:
+        X: Features, shape ``(n_samples, n_features)``.
+        y: Integer labels, shape ``(n_samples,)``.
+
+    Returns:
+        0-dim, at least 0; NaN when all class means are zero.
+
+    Example:
+        >>> round(class_norm_cv([[3.0, 0.0], [0.0, 1.0]], [0, 1]).item(), 4)
+        0.5
+    """
+    features, members, _ = grouped(X, y)
+    return _cv(row_norms(class_averages(features, members)))
+
+
+def class_alignment(
+    X: Any, y: Any, *, baselines: Mapping[str, Any] | None = None
+) -> ClassAlignment:
+    """Return every reading of this family beside the same of some baselines.
+
+    A cosine of 0.9 says little while the untrained layer has it too, as layers after a
+    ReLU may, or the inputs themselves.
+
+    Args:
+        X: Features, shape ``(n_samples, n_features)``.
+        y: Integer labels, shape ``(n_samples,)``.
+        baselines: Name -> features ``(n_samples, any width)`` of the same examples:
+            the layer at initialisation, the flattened raw inputs.
+
+    Returns:
+        A row for ``"features"`` and one for each baseline, a column a reading.
+
+    Raises:
+        LabelMismatch: If a baseline has other examples than ``X``.
+        UsageError: If a baseline is called ``"features"``.
+
+    Example:
+        >>> X, inputs, y = [[1.0, 0.0], [0.0, 1.0]], [[1.0], [3.0]], [0, 1]
+        >>> found = class_alignment(X, y, baselines={"inputs": inputs})
+        >>> found.to_frame()[["features", "class_cosine", "mean_share"]]
+           features  class_cosine  mean_share
+        0  features           0.0         0.5
+        1    inputs           1.0         0.8
+    """
+    others = dict(baselines or {})
+    if "features" in others:
+        raise UsageError('no baseline can be called "features": that is X')
+    features, *_ = grouped(X, y)
+    n = len(features)
+    for name, values in others.items():
+        known = as_features(values, name=f"baselines[{name!r}]", minimum=0)
+        if known.ndim != 2 or len(known) != n:
+            raise LabelMismatch(
+                f"baselines[{name!r}] must have shape ({n}, n_features), one row for "
+                f"each of X, got {tuple(known.shape)}; flatten inputs first"
+            )
+    rows = [
+        torch.stack([metric(values, y) for metric in ALIGNMENT_METRICS.values()])
+        for values in (X, *others.values())
+    ]
+    return ClassAlignment(
+        features=("features", *others),
+        metrics=tuple(ALIGNMENT_METRICS),
+        values=torch.stack([row.to(rows[0]) for row in rows]),
+    )
 
 
 # -- helpers -----------------------------------------------------------------
 def _mean_norms(V: Tensor, members: Tensor) -> Tensor:
-    return _class_means(_norms(V), members)
+    return class_averages(row_norms(V), members)
 
 
 def _directions(V: Tensor, *, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit vectors, zero where there is no direction, and where there is one."""
-    norms = _norms(V)
+    norms = row_norms(V)
     alive = norms > noise
     return torch.where(alive[:, None], V / norms[:, None], 0.0), alive
 
@@ -166,11 +269,30 @@ def _mean_cosines(vectors: Tensor, *, noise: Tensor) -> tuple[Tensor, int]:
     return matrix.where(both, torch.nan), int((~alive).sum())
 
 
+def _centred_cosines(means: Tensor) -> tuple[Tensor, int]:
+    noise = 8 * _EPS * row_norms(means).amax()
+    return _mean_cosines(means - means.mean(0), noise=noise)
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)]
+
+
+def _off_diagonal_std(matrix: Tensor) -> Tensor:
+    off = _off_diagonal(matrix)
+    return (off - off.nanmean()).square().nanmean().sqrt()
+
+
+def _cv(norms: Tensor) -> Tensor:
+    relative = norms / norms.amax()
+    return relative.std(correction=0) / relative.mean()
+
+
 def _pair_cosines(X: Tensor, members: Tensor) -> tuple[Tensor, int]:
     """Return mean cosines over sample pairs from sums of unit vectors: O(n d)."""
     unit, alive = _directions(X, noise=X.new_zeros(()))
-    sums = _class_sums(unit, members)
-    n = _class_sums(alive.to(torch.float64), members)
+    sums = class_sums(unit, members)
+    n = class_sums(alive.to(torch.float64), members)
     same = torch.diag(n)
     # Each unit vector meets itself once in the sums: a cosine of 1 to take out.
     total, pairs = sums @ sums.mT - same, torch.outer(n, n) - same
@@ -193,4 +315,6 @@ ALIGNMENT_METRICS: dict[str, Callable[[Any, Any], Tensor]] = {
     "class_cosine": cross_class_cosine,
     "class_cosine_pairs": _class_cosine_pairs,
     "mean_share": mean_share,
+    "centred_cosine_std": centred_cosine_std,
+    "class_norm_cv": class_norm_cv,
 }

@@ -32,9 +32,23 @@ from repscope.results import PowerLaw, Spectrum
 
 Key = TypeVar("Key")
 Kind = Literal["covariance", "second_moment", "weight"]
+Order = Literal[
+    "lower for every definition",
+    "higher for every definition",
+    "equal for every definition",
+    "definition-dependent",
+    "undefined",
+]
 
 # Fewer points, and a straight line through a log-log plot means nothing.
 _POWER_LAW_POINTS = 10
+# Whether the first majorizes the second, and the second the first.
+_ORDERS: dict[tuple[bool, bool], Order] = {
+    (True, False): "lower for every definition",
+    (False, True): "higher for every definition",
+    (True, True): "equal for every definition",
+    (False, False): "definition-dependent",
+}
 
 
 # -- from matrices to spectra ------------------------------------------------
@@ -453,6 +467,45 @@ def majorizes(s: Any, t: Any) -> Tensor:
         for shares in (first, second)
     )
     return (ours - theirs >= -width * torch.finfo(torch.float64).eps).all(-1)
+
+
+def compare_spectra(s: Any, t: Any) -> Order:
+    """Return whether the rank of ``s`` is lower or higher whichever definition is used.
+
+    By ``majorizes``, which settles every ``hill_number`` (and so ``effective_rank``,
+    ``participation_ratio`` and ``stable_rank``) and ``n_components``. Crossing
+    cumulative shares settle nothing. ``n_significant`` relative to the largest
+    eigenvalue is not bound by it.
+
+    Args:
+        s: One ``Spectrum`` or its eigenvalues ``(k,)``, descending and non-negative.
+        t: The same; a shorter one counts as padded with zeros.
+
+    Returns:
+        ``"lower for every definition"``, ``"higher for every definition"``,
+        ``"equal for every definition"``, ``"definition-dependent"``, or ``"undefined"``
+        when either is all zero.
+
+    Raises:
+        MetricError: If either is a batch.
+
+    References:
+        Marshall, Olkin and Arnold (2011), Inequalities: theory of majorization.
+
+    Example:
+        >>> compare_spectra([3.0, 1.0], [2.0, 2.0])
+        'lower for every definition'
+    """
+    both = [_eigenvalues(s), _eigenvalues(t)]
+    for name, values in zip("st", both, strict=True):
+        if values.ndim != 1:
+            raise MetricError(
+                f"compare_spectra takes one spectrum as {name}, got shape "
+                f"{tuple(values.shape)}; loop over the batch"
+            )
+    if not all(bool(values.any()) for values in both):
+        return "undefined"
+    return _ORDERS[bool(majorizes(s, t)), bool(majorizes(t, s))]
 
 
 def power_law(s: Any, *, first: int = 1, last: int | None = None) -> PowerLaw:

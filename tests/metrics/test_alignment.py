@@ -7,6 +7,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import repscope as rs
 from repscope.errors import (
@@ -17,7 +19,12 @@ from repscope.errors import (
     NotEnoughSamples,
     UsageError,
 )
-from repscope.metrics.alignment import ALIGNMENT_METRICS, mean_share
+from repscope.metrics.alignment import (
+    ALIGNMENT_METRICS,
+    centred_cosine_std,
+    class_norm_cv,
+    mean_share,
+)
 
 
 @pytest.fixture
@@ -68,6 +75,74 @@ def test_a_simplex_with_an_offset_has_its_closed_form(n_classes, offset):
     assert centred == pytest.approx(-1 / (n_classes - 1))
     norms = rs.class_cosine(X, y, center=True).norms
     torch.testing.assert_close(norms, torch.ones(n_classes, dtype=torch.float64))
+
+
+def test_spreads_are_numpys(data):
+    X, y = data
+    centred = oracles.class_cosine_means(X, y, center=True)
+    off = centred[~np.eye(3, dtype=bool)]
+    assert centred_cosine_std(X, y).item() == pytest.approx(off.std(), abs=1e-12)
+    means = np.stack([X[y == c].double().numpy().mean(0) for c in (2, 4, 9)])
+    norms = np.linalg.norm(means, axis=1)
+    assert class_norm_cv(X, y).item() == pytest.approx(norms.std() / norms.mean())
+    found = rs.class_cosine(X, y)
+    assert found.counts.tolist() == [50, 35, 5]
+    torch.testing.assert_close(found.norms, torch.from_numpy(norms))
+    assert found.centred_std == centred_cosine_std(X, y)
+    assert found.norm_cv == class_norm_cv(X, y)
+    norms = np.linalg.norm(means - means.mean(0), axis=1)
+    centred_cv = rs.class_cosine(X, y, center=True).norm_cv.item()
+    assert centred_cv == pytest.approx(norms.std() / norms.mean())
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), n_classes=st.integers(2, 8))
+def test_equal_norms_make_the_cosine_a_function_of_the_share(seed, n_classes):
+    means = np.random.default_rng(seed).normal(size=(n_classes, 5)) + 0.5
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    y = range(n_classes)
+    share = mean_share(means, y).item()
+    expected = share - (1 - share) / (n_classes - 1)
+    assert rs.cross_class_cosine(means, y).item() == pytest.approx(expected)
+    assert class_norm_cv(means, y).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_simplex_has_no_spread_whatever_its_offset():
+    X, y, _ = cases.etf_with_offset(6, 2.0)
+    assert centred_cosine_std(X, y).item() == pytest.approx(0, abs=1e-7)
+    assert class_norm_cv(X, y).item() == pytest.approx(0, abs=1e-7)
+    X[-1] *= 3
+    assert centred_cosine_std(X, y) > 0.1
+
+
+def test_readings_stand_beside_those_of_baselines(data):
+    X, y = data
+    init, inputs = torch.randn(90, 6), torch.rand(90, 40)
+    found = rs.class_alignment(X, y, baselines={"init": init, "inputs": inputs})
+    frame = found.to_frame().set_index("features")
+    assert frame.index.tolist() == ["features", "init", "inputs"]
+    for name, values in {"features": X, "init": init, "inputs": inputs}.items():
+        for metric, function in ALIGNMENT_METRICS.items():
+            assert frame.loc[name, metric] == function(values, y).item()
+    assert rs.class_alignment(X, y).values.shape == (1, len(ALIGNMENT_METRICS))
+
+
+@pytest.mark.parametrize(
+    ("baselines", "error", "text"),
+    [
+        ({"init": torch.ones(3, 2)}, LabelMismatch, r"\['init'\] must have shape \(4,"),
+        ({"px": torch.ones(4, 1, 2)}, LabelMismatch, r"\(4, 1, 2\); flatten inputs"),
+        (
+            {"px": torch.full((4, 2), math.nan)},
+            NonFiniteError,
+            r"baselines\['px'\] has",
+        ),
+        ({"features": torch.ones(4, 2)}, UsageError, 'called "features"'),
+    ],
+)
+def test_baselines_that_do_not_fit_are_named(baselines, error, text):
+    with pytest.raises(error, match=text):
+        rs.class_alignment(torch.ones(4, 2), [0, 0, 1, 1], baselines=baselines)
 
 
 def test_one_class_has_no_cross_class_cosine():

@@ -415,6 +415,47 @@ def test_crossing_spectra_majorize_in_neither_direction():
     assert rs.majorizes([1.0], [0.5, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("s", "t", "expected"),
+    [
+        ([3.0, 1.0], [2.0, 2.0], "lower for every definition"),
+        ([2.0, 2.0], [9.0, 1.0, 0.0], "higher for every definition"),
+        ([4.0, 2.0], [2.0, 1.0, 0.0], "equal for every definition"),
+        ([6.0, 1.0, 1.0], [5.0, 3.0, 0.0], "definition-dependent"),
+        ([0.0, 0.0], [1.0, 1.0], "undefined"),
+        ([1.0], [0.0], "undefined"),
+    ],
+)
+def test_spectra_are_ordered_or_depend_on_the_definition(s, t, expected):
+    assert rs.compare_spectra(s, t) == expected
+    swapped = {"lower": "higher", "higher": "lower"}
+    first = expected.split()[0]
+    back = expected.replace(first, swapped.get(first, first))
+    assert rs.compare_spectra(t, s) == back
+
+
+def test_an_order_holds_for_all_that_it_promises():
+    lower, seen = 0, set()
+    for values in torch.rand(300, 2, 5, dtype=torch.float64).square():
+        s, t = values.sort(descending=True).values
+        order = rs.compare_spectra(s, t)
+        seen.add(order)
+        if order == "lower for every definition":
+            lower += 1
+            for q in (0.5, 1, 2, math.inf):
+                assert rs.hill_number(s, q=q) <= rs.hill_number(t, q=q) + 1e-12
+            assert rs.n_components(s) <= rs.n_components(t)
+    assert lower > 30
+    assert len(seen) == 3
+
+
+def test_spectra_of_batches_are_not_ordered():
+    with pytest.raises(MetricError, match=r"one spectrum as t, got shape \(2, 3\)"):
+        rs.compare_spectra([1.0, 0.5], torch.ones(2, 3))
+    with pytest.raises(MetricError, match="one spectrum as s"):
+        rs.compare_spectra(rs.spectrum(torch.randn(2, 5, 3)), [1.0])
+
+
 def test_components_are_counted_as_documented():
     tenths = [0.1] * 10
     assert [rs.n_components(tenths, fraction=f).item() for f in (0.3, 0.31, 1)] == [
