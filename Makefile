@@ -7,16 +7,16 @@ JOBS ?= 2
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-faults test-integrations test-kernels lint docs bench clean
+.PHONY: help demo test test-slow test-faults test-integrations test-kernels test-crosschecks lint docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## compare SGD, AdamW and Shampoo on real data: runs/demo/report.html
 	@$(BIN)/repscope demo --out runs/demo --jobs $(JOBS)
 
 test: $(VENV)/.dev ## the fast test suite (under 3 minutes on 2 cores)
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not faults and not kernels"
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not faults and not kernels and not crosschecks"
 
 test-slow: $(VENV)/.dev ## the slow tests
 	@$(BIN)/pytest -q -m slow
@@ -29,6 +29,9 @@ test-integrations: $(VENV)/.integrations ## callbacks and sinks with Lightning, 
 
 test-kernels: $(VENV)/.kernels ## the Triton kernels in Triton's interpreter
 	@$(BIN)/pytest -q -m kernels tests/linalg
+
+test-crosschecks: $(VENV)/.crosschecks ## our numbers against those of published packages
+	@$(BIN)/pytest -q -m crosschecks tests/crosschecks
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -81,6 +84,13 @@ $(VENV)/.integrations: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.kernels: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing RepScope and Triton into $(VENV)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,kernels]"
+	@touch $@ $(VENV)/.run
+
+# Those installed without their dependencies ask for another torch, and do without.
+$(VENV)/.crosschecks: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "installing RepScope and the packages it is compared with into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,crosschecks]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ckatorch safetensors pytorch-cka torch-cka
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
