@@ -90,7 +90,7 @@ $(VENV)/.kernels: pyproject.toml constraints.txt | $(VENV)/.made
 $(VENV)/.crosschecks: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "installing RepScope and the packages it is compared with into $(VENV)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,crosschecks]"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ckatorch safetensors pytorch-cka torch-cka
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ckatorch safetensors pyyaml pytorch-cka torch-cka weightwatcher powerlaw
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made

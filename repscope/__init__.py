@@ -20,6 +20,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     # reading
     "repscope.store": ("Run", "open"),
     "repscope.analysis": ("measure",),
+    "repscope.networks": ("compare_networks",),
     "repscope.snapshot": ("Snapshot",),
     # spectra
     "repscope.linalg": ("Moments", "covariance", "eigvalsh"),

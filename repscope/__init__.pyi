@@ -77,6 +77,7 @@ from repscope.metrics.units import dormant_scores as dormant_scores
 from repscope.metrics.units import population_sparseness as population_sparseness
 from repscope.metrics.weights import hoyer_sparsity as hoyer_sparsity
 from repscope.metrics.weights import weight_histogram as weight_histogram
+from repscope.networks import compare_networks as compare_networks
 from repscope.recorder import Recorder as Recorder
 from repscope.results import ActivationOverlap as ActivationOverlap
 from repscope.results import Band as Band

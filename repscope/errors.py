@@ -89,7 +89,7 @@ class ClosedStore(StoreError):
 
 
 class ProbeMismatch(StoreError, ValueError):
-    """A resumed run was given another probe than the one it was recorded with."""
+    """What belongs together was recorded with different probes, or without one."""
 
 
 class ShardMismatch(StoreError):

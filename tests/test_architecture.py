@@ -18,7 +18,7 @@ FLOORS = {
     "linalg": 1, "parallel": 1,
     "capture": 2, "store": 2, "metrics": 2, "landscape": 2, "optim": 2, "plots": 2,
     "recorder": 3, "analysis": 3,
-    "studies": 4, "integrations": 4,
+    "studies": 4, "integrations": 4, "networks": 4,
     "report": 5,
     "cli": 6,
 }  # fmt: skip

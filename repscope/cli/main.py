@@ -66,6 +66,56 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tables(commands: Any) -> None:
+    metrics = commands.add_parser(
+        "metrics",
+        help="metrics of stores as a table",
+        **_examples(
+            "repscope metrics runs/demo/stores/permuted-* --metric effective_rank",
+            "repscope metrics STORE --layers 'hidden*' --all-steps --format csv",
+        ),
+    )
+    metrics.add_argument("stores", nargs="+", type=Path, metavar="STORE")
+    metrics.add_argument(
+        "--metric",
+        nargs="+",
+        metavar="NAME",
+        help="only these; an unknown name lists all",
+    )
+    metrics.add_argument(
+        "--layers", default="*", metavar="GLOB", help="layers to measure (default *)"
+    )
+    metrics.add_argument(
+        "--all-steps",
+        action="store_true",
+        help="every captured step, not only the last",
+    )
+    metrics.add_argument("--format", choices=("table", "csv", "json"), default="table")
+
+    compare = commands.add_parser(
+        "compare",
+        help="how alike networks are between optimizers, beside seeds of one",
+        **_examples(
+            "repscope compare runs/demo/stores/permuted-*",
+            "repscope compare runs/* --layers 'hidden*' --metric linear_cka_debiased",
+        ),
+    )
+    compare.add_argument("stores", nargs="+", type=Path, metavar="STORE")
+    compare.add_argument(
+        "--metric",
+        default="procrustes_distance",
+        metavar="NAME",
+        help="procrustes_distance (default), linear_cka or linear_cka_debiased",
+    )
+    compare.add_argument(
+        "--layers", default="*", metavar="GLOB", help="layers to compare (default *)"
+    )
+    compare.add_argument(
+        "--step", type=int, default=-1, metavar="N", help="recorded step (default last)"
+    )
+    compare.add_argument("--format", choices=("table", "csv", "json"), default="table")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="repscope",
@@ -107,30 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("store", type=Path, metavar="STORE")
     info.add_argument("--format", choices=("table", "json"), default="table")
 
-    metrics = commands.add_parser(
-        "metrics",
-        help="metrics of stores as a table",
-        **_examples(
-            "repscope metrics runs/demo/stores/permuted-* --metric effective_rank",
-            "repscope metrics STORE --layers 'hidden*' --all-steps --format csv",
-        ),
-    )
-    metrics.add_argument("stores", nargs="+", type=Path, metavar="STORE")
-    metrics.add_argument(
-        "--metric",
-        nargs="+",
-        metavar="NAME",
-        help="only these; an unknown name lists all",
-    )
-    metrics.add_argument(
-        "--layers", default="*", metavar="GLOB", help="layers to measure (default *)"
-    )
-    metrics.add_argument(
-        "--all-steps",
-        action="store_true",
-        help="every captured step, not only the last",
-    )
-    metrics.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    _add_tables(commands)
 
     plot = commands.add_parser(
         "plot",

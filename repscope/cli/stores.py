@@ -1,4 +1,4 @@
-"""``repscope info``, ``check``, ``pack``, ``metrics`` and ``plot``."""
+"""``repscope info``, ``check``, ``pack``, ``metrics``, ``compare`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -139,8 +139,6 @@ def pack(arguments: argparse.Namespace) -> None:
 
 def metrics(arguments: argparse.Namespace) -> None:
     """Print a table of metrics."""
-    from pandas.api.types import is_numeric_dtype
-
     from repscope.analysis import measure
 
     frame = measure(arguments.stores, metrics=arguments.metric, layers=arguments.layers)
@@ -149,9 +147,28 @@ def metrics(arguments: argparse.Namespace) -> None:
         frame = frame.groupby(keys, sort=False, dropna=False).tail(1)
     if frame.empty:
         print("repscope: the stores hold nothing these metrics read", file=sys.stderr)
-    if arguments.format == "csv":
+    _print_frame(frame, arguments.format)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print how alike networks are."""
+    from repscope.networks import compare_networks
+
+    frame = compare_networks(
+        arguments.stores,
+        metric=arguments.metric,
+        layers=arguments.layers,
+        step=arguments.step,
+    )
+    _print_frame(frame, arguments.format)
+
+
+def _print_frame(frame: pd.DataFrame, form: str) -> None:
+    from pandas.api.types import is_numeric_dtype
+
+    if form == "csv":
         print(frame.to_csv(index=False), end="")
-    elif arguments.format == "json":
+    elif form == "json":
         print(frame.to_json(orient="records", indent=2))
     else:
         numbers = frame.dtypes.map(is_numeric_dtype)
