@@ -36,8 +36,8 @@ def loss_barrier(
     spaced :math:`\alpha`, the barrier is
 
     .. math::
-        \max_\alpha \; L(\theta_\alpha) - \big((1 - \alpha) L(\theta_a)
-            + \alpha L(\theta_b)\big).
+        \max_\alpha \; L(\theta_\alpha) - [(1 - \alpha) L(\theta_a)
+            + \alpha L(\theta_b)].
 
     It says no more than "linearly connected up to so much, on this line": a barrier is
     no proof of another basin, and one that matching removes was a matter of names. Two
