@@ -96,7 +96,7 @@ def _add_tables(commands: Any) -> None:
         "compare",
         help="how alike networks are between optimizers, beside seeds of one",
         **_examples(
-            "repscope compare runs/demo/stores/permuted-*",
+            "repscope compare runs/demo/stores/pairs-*",
             "repscope compare runs/* --layers 'hidden*' --metric linear_cka_debiased",
         ),
     )
